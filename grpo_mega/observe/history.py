@@ -31,6 +31,11 @@ class History:
         """Return the value of the last step, or None."""
         return self._values.get(name, {}).get(self.steps[-1]) if self.steps else None
 
+    def latest(self, name: str) -> tuple[int, float] | None:
+        """Return the last step that has a value, and the value; None if no step has one."""
+        found = self._values.get(name)
+        return None if not found else next(reversed(found.items()))
+
     def first(self, name: str, steps: int) -> list[float]:
         """Return the values of the first `steps` steps."""
         return self._of(name, self.steps[:steps])

@@ -1,16 +1,20 @@
 """Logging of one rank: everything to the file of the rank, a selection to the screen.
 
 The screen shows INFO of rank 0 and WARNING of the other ranks. Each message starts with the coordinates of its rank.
-Messages of libraries are shown from WARNING on, in the same format. Before the run folder is known, only the screen is
-used. Asserted by tests/unit/observe/test_log.py.
+Messages of libraries are shown from WARNING on, in the same format. A warning that repeats is shown once, then with its
+count. Control characters in a message are escaped, so that no text of a model controls the terminal. Before the run
+folder is known, only the screen is used. Asserted by tests/unit/observe/test_log.py.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TextIO
+
+from grpo_mega.observe.safe_text import printable
 
 NOISY_LIBRARIES = (
     "vllm",
@@ -26,6 +30,9 @@ NOISY_LIBRARIES = (
     "numexpr",
 )
 
+FILE_ONLY = {"file_only": True}
+"""`extra` of a message that the screen shows in another way already."""
+_MAX_WARNINGS = 1000  # different ones that are counted
 _FILE_FORMAT = "%(asctime)s.%(msecs)03d {prefix} %(levelname)s %(name)s: %(message)s"
 _installed: list[logging.Handler] = []
 
@@ -51,10 +58,12 @@ def configure_logging(rank: int, coordinates: str = "", log_dir: Path | None = N
     if log_dir is not None:
         log_dir.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(log_dir / f"rank_{rank:05d}.log", encoding="utf-8", errors="backslashreplace")
-        file.setFormatter(logging.Formatter(_FILE_FORMAT.format(prefix=prefix), datefmt="%Y-%m-%d %H:%M:%S"))
+        file.setFormatter(_Formatter(_FILE_FORMAT.format(prefix=prefix), datefmt="%Y-%m-%d %H:%M:%S"))
         _installed.append(file)
         # Deprecation warnings of libraries are written to the file only.
         screen.addFilter(lambda record: record.name != "py.warnings")
+    screen.addFilter(lambda record: not getattr(record, "file_only", False))
+    screen.addFilter(screen.is_due)
     for handler in _installed:
         root.addHandler(handler)
     root.setLevel(logging.INFO)
@@ -75,21 +84,53 @@ def quiet_libraries() -> None:
 
 
 class _ScreenHandler(logging.StreamHandler[TextIO]):
-    """Handler that looks up `sys.stderr` for every message, because a live display replaces it temporarily."""
+    """Handler that shows a repeated warning the first, 10th, 100th, ... time, and its count when it is closed.
+
+    It looks up `sys.stderr` for every message, because a live display replaces it temporarily.
+    """
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
+        self._counts: Counter[tuple[str, str]] = Counter()
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]  # the base class stores its stream
         return sys.stderr
 
+    def is_due(self, record: logging.LogRecord) -> bool:
+        """Count a warning; return True if this message is shown."""
+        key = (record.name, record.getMessage())
+        if record.levelno != logging.WARNING or (key not in self._counts and len(self._counts) >= _MAX_WARNINGS):
+            return True
+        self._counts[key] += 1
+        record.repeats = self._counts[key]
+        return str(self._counts[key]).strip("0") == "1"
 
-class _ScreenFormatter(logging.Formatter):
+    def close(self) -> None:
+        """Show the counts of repeated warnings."""
+        repeated = [(name, text, count) for (name, text), count in self._counts.items() if count > 1]
+        self._counts.clear()
+        for name, text, count in repeated:
+            record = logging.LogRecord(name, logging.WARNING, "", 0, "%s", (text,), None)
+            record.repeats = count
+            logging.StreamHandler.emit(self, record)
+        super().close()
+
+
+class _Formatter(logging.Formatter):
+    """Formatter that escapes control characters; lines stay lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _ScreenFormatter(_Formatter):
     def __init__(self, prefix: str) -> None:
         super().__init__()
         self._prefix = prefix
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname} "
-        return f"{self._prefix} {level}{super().format(record)}"
+        repeats: int = getattr(record, "repeats", 1)
+        times = f" ({repeats} times)" if repeats > 1 else ""
+        return f"{self._prefix} {level}{super().format(record)}{times}"

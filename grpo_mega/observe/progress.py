@@ -1,11 +1,13 @@
 """Progress display of a run: live on a terminal, otherwise one plain line per step. Used by rank 0.
 
-On a terminal the display replaces `sys.stdout` and `sys.stderr`, so that other output appears above it.
+On a terminal the display replaces `sys.stdout` and `sys.stderr`, so that other output appears above it. All lines are
+also in the log file of the rank.
 Asserted by tests/unit/observe/test_progress.py.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
@@ -19,19 +21,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from grpo_mega.observe.log import FILE_ONLY
+from grpo_mega.observe.safe_text import printable
+from grpo_mega.observe.step_columns import HELD_OUT, StepColumns, phase_seconds, short_number
 from grpo_mega.observe.summary import duration
 
 _RECENT_STEPS = 20
-# In display order: metric, label, format.
-_SHOWN = (
-    ("train/perplexity", "perplexity", ".3f"),
-    ("reward/mean", "reward", ".2f"),
-    ("reward/accuracy", "accuracy", ".2f"),
-    ("rollout/length_mean", "length", ".1f"),
-    ("train/kl", "kl", ".2g"),
-    ("train/mismatch_max", "mismatch", ".1g"),
-    ("eval/accuracy", "held-out accuracy", ".2f"),
-)
+_SHOWN_ROWS = 6
+_HEADER_EVERY = 25  # plain lines
+_BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+_TRENDS = (("reward/mean", "reward"), ("train/loss", "loss"))
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -51,7 +51,12 @@ class Progress:
         self._total_steps = total_steps
         self._step = first_step - 1
         self._metrics: Mapping[str, float] = {}
+        self._columns = StepColumns(total_steps)
+        self._header, self._rows_since_header = "", 0
+        self._rows: deque[str] = deque(maxlen=_SHOWN_ROWS)
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._trend: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._held_out: list[tuple[int, float]] = []
         self._phase = ""
         self._phase_start = time.monotonic()
         self._live: Live | None = None
@@ -78,66 +83,101 @@ class Progress:
         if self._live is not None:
             self._live.refresh()
 
+    def held_out(self, step: int, accuracy: float) -> None:
+        """Set the held-out accuracy after `step` steps, which stays visible until the next evaluation."""
+        self._held_out = [*self._held_out[:1], (step, accuracy)]
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report a completed step with its metrics."""
-        self._step = step
-        self._metrics = dict(metrics)
+        if HELD_OUT in metrics:
+            self.held_out(step, metrics[HELD_OUT])
+        known = {HELD_OUT: self._held_out[-1][1]} if self._held_out else {}
+        self._step, self._metrics = step, {**metrics, **known}
         if "time/step_seconds" in metrics:
             self._recent.append(metrics["time/step_seconds"])
-        if self._live is not None:
-            self._live.refresh()
-        else:
-            parts = (f"step {step}/{self._total_steps}", *self._numbers(), self._speed(), self._eta())
-            self._write("  ".join(part for part in parts if part))
+        if (trend := self._trend_metric()) is not None:
+            self._trend.append(metrics[trend[0]])
+        self._write_header(self._columns.header(self._metrics))
+        row = self._columns.row(step, self._metrics, self._eta_seconds())
+        self._rows.append(self._columns.row(step, _without_phases(self._metrics), self._eta_seconds()))
+        self._write_step(row)
 
     def note(self, text: str) -> None:
         """Print a permanent line: above the live display, or among the plain lines."""
+        log.info("%s", text, extra=FILE_ONLY)
         if self._live is not None:
             # `Text` keeps square brackets, which rich would read as markup.
-            self._live.console.print(Text(text))
+            self._live.console.print(Text(printable(text)))
         else:
-            self._write(text)
+            self._write(printable(text))
+
+    def _write_header(self, header: str) -> None:
+        """Write the labels when they differ from those above, and again every `_HEADER_EVERY` rows."""
+        self._rows_since_header += 1
+        if header == self._header and self._rows_since_header <= _HEADER_EVERY:
+            return
+        self._header, self._rows_since_header = header, 1
+        self._write_step(header)
+
+    def _write_step(self, line: str) -> None:
+        log.info("%s", line, extra=FILE_ONLY)
+        if self._live is not None:
+            self._live.refresh()
+        else:
+            self._write(line)
 
     def _write(self, line: str) -> None:
         self._stream.write(f"{line}\n")
         self._stream.flush()
 
-    def _numbers(self) -> list[str]:
-        return [f"{name} {_short(self._metrics[m], spec)}" for m, name, spec in _SHOWN if m in self._metrics]
-
-    def _speed(self) -> str:
-        """Return for example `1,234 tok/s  2.1 s (rollout 0.9 train 1.0 sync 0.1)`."""
-        parts = []
-        if "throughput/tokens_per_second" in self._metrics:
-            parts.append(f"{self._metrics['throughput/tokens_per_second']:,.0f} tok/s")
-        if "time/step_seconds" in self._metrics:
-            phases = " ".join(
-                f"{name.removeprefix('time/').removesuffix('_seconds')} {seconds:.1f}"
-                for name, seconds in self._metrics.items()
-                if name.startswith("time/") and name != "time/step_seconds" and seconds >= 0.05
-            )
-            parts.append(f"{self._metrics['time/step_seconds']:.1f} s" + (f" ({phases})" if phases else ""))
-        return "  ".join(parts)
-
-    def _eta(self) -> str:
+    def _eta_seconds(self) -> float | None:
         """Return the remaining time, estimated from the mean of the last steps."""
         if not self._recent:
-            return ""
-        return f"ETA {duration((self._total_steps - self._step) * sum(self._recent) / len(self._recent))}"
+            return None
+        return (self._total_steps - self._step) * sum(self._recent) / len(self._recent)
+
+    def _trend_metric(self) -> tuple[str, str] | None:
+        return next(((metric, label) for metric, label in _TRENDS if metric in self._metrics), None)
 
     def _render(self) -> Group:
         bar = Table.grid(padding=(0, 2))
         now = f"{self._phase} {time.monotonic() - self._phase_start:.0f} s" if self._phase else ""
+        eta = self._eta_seconds()
         bar.add_row(
             Text(f"step {self._step}/{self._total_steps}", style="bold"),
-            ProgressBar(total=max(1, self._total_steps), completed=self._step, width=30),
+            ProgressBar(total=max(1, self._total_steps), completed=self._step, width=24),
             Text(now, style="cyan"),
-            Text(self._eta()),
+            Text("" if eta is None else f"ETA {duration(eta)}"),
         )
-        lines = ("  ".join(self._numbers()), self._speed())
-        return Group(bar, *(Text(line) for line in lines if line))
+        header = self._header.partition("  seconds")[0]
+        lines = (*((header, *self._rows) if self._rows else ()), self._trends(), phase_seconds(self._metrics))
+        return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines if line))
+
+    def _trends(self) -> str:
+        """Return for example `reward <bars> 0.51 -> 0.63   held-out accuracy 0.478 -> 0.950 (step 25)`."""
+        parts = []
+        trend = self._trend_metric()
+        if trend is not None and len(self._trend) > 1:
+            first, last = (short_number(self._trend[i], ".3g") for i in (0, -1))
+            parts.append(f"{trend[1]} {sparkline(self._trend)} {first} -> {last}")
+        if self._held_out:
+            values = " -> ".join(f"{value:.3f}" for _, value in self._held_out)
+            parts.append(f"held-out accuracy {values} (step {self._held_out[-1][0]})")
+        return "   ".join(parts)
 
 
-def _short(value: float, spec: str) -> str:
-    """Return for example `0.0012` or `3e-7`."""
-    return format(value, spec).replace("e-0", "e-").replace("e+0", "e+")
+def sparkline(values: deque[float]) -> str:
+    """Return one bar per value, from the lowest to the highest; a value that is not finite is a space."""
+    finite = [value for value in values if abs(value) < float("inf")]
+    if not finite:
+        return ""
+    low, span = min(finite), max(finite) - min(finite)
+    top = len(_BARS) - 1
+    return "".join(
+        (_BARS[round(top * (value - low) / span)] if span else _BARS[0]) if abs(value) < float("inf") else " "
+        for value in values
+    )
+
+
+def _without_phases(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {n: v for n, v in metrics.items() if not n.startswith("time/") or n == "time/step_seconds"}

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -120,11 +121,32 @@ def add_seconds(previous: Summary | None, seconds: Mapping[str, float]) -> dict[
 
 
 def versions() -> dict[str, str | None]:
-    """Return the installed versions of the packages that results depend on; None for a missing package."""
+    """Return the installed versions of the packages that results depend on; None for a missing package.
+
+    `git_commit` is the commit of this checkout, with `+changes` if files that git tracks differ from it; None for an
+    installed package.
+    """
     found: dict[str, str | None] = {"python": platform.python_version(), "grpo_mega": __version__}
+    found["git_commit"] = git_commit(Path(__file__).parents[2])
     for name, distributions in _DISTRIBUTIONS.items():
         found[name] = next((v for d in distributions if (v := _installed_version(d)) is not None), None)
     return found
+
+
+def git_commit(checkout: Path) -> str | None:
+    """Return the commit of a checkout, as in `versions`; None if it is not a checkout or git is not installed."""
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit = _git(checkout, "rev-parse", "HEAD")
+        return f"{commit}+changes" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(checkout), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
 def _installed_version(distribution: str) -> str | None:

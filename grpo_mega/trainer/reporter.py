@@ -144,6 +144,7 @@ class RunReporter:
         for step, line in read_lines(run.folder.metrics):
             self._alarms.step(step, line)  # of earlier commands
         self._metrics = self._open_metrics(config, model_folder)
+        self._show_held_out()
         command = config.observe.alarm_command
         self._alarm_command = None if command is None else AlarmCommand(command)
         axes = ("world_size", "tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp")
@@ -161,6 +162,7 @@ class RunReporter:
         if eval_before is not None:
             self._metrics.write_evaluation(self._run.step, "before", _as_metrics(eval_before))
             self._progress.note(f"held-out accuracy before training: {eval_before.accuracy:.3f}")
+            self._progress.held_out(self._run.step, eval_before.accuracy)
         self._write(eval_before=eval_before or self.summary.eval_before, policy_digest=policy_digest)
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -207,6 +209,18 @@ class RunReporter:
         self._metrics.close()
         if self._alarm_command is not None:
             self._alarm_command.close()
+
+    def _show_held_out(self) -> None:
+        """Show the held-out accuracies of earlier commands of this run: the first and the last one."""
+        previous, found = self._run.previous, list[tuple[int, float]]()
+        if (latest := self._alarms.history.latest("eval/accuracy")) is not None:
+            found.append(latest)
+        if previous is not None and previous.eval_after is not None:
+            found.append((previous.steps, previous.eval_after.accuracy))
+        if previous is not None and previous.eval_before is not None:
+            self._progress.held_out(0, previous.eval_before.accuracy)
+        if found:
+            self._progress.held_out(*max(found))
 
     def _open_metrics(self, config: Config, model_folder: Path | None) -> MetricsWriter:
         """Open the files of the metrics for the steps after `run.step`."""

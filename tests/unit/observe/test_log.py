@@ -91,3 +91,33 @@ def test_a_traceback_reaches_screen_and_file(capsys: pytest.CaptureFixture[str],
         assert "[rank 3] ERROR" in text
         assert "a phase failed" in text
         assert "RuntimeError: the reason" in text
+
+
+def test_a_warning_that_repeats_is_shown_once_then_with_its_count(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    configure_logging(0, log_dir=tmp_path)
+    for _ in range(12):
+        logging.getLogger("grpo_mega.a").warning("disk is slow")
+    logging.getLogger("grpo_mega.a").warning("another one")
+    for _ in range(2):
+        logging.getLogger("grpo_mega.a").error("an error")
+    assert capsys.readouterr().err.splitlines() == [
+        "[rank 0] WARNING disk is slow",
+        "[rank 0] WARNING disk is slow (10 times)",
+        "[rank 0] WARNING another one",
+        "[rank 0] ERROR an error",
+        "[rank 0] ERROR an error",
+    ]
+    for handler in logging.getLogger().handlers:
+        handler.close()  # as logging.shutdown does at the end of a rank
+    assert capsys.readouterr().err == "[rank 0] WARNING disk is slow (12 times)\n"
+    assert (tmp_path / "rank_00000.log").read_text().count("disk is slow") == 12
+
+
+def test_control_characters_reach_neither_terminal_nor_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    configure_logging(0, log_dir=tmp_path)
+    logging.getLogger("grpo_mega.a").info("first\nsecond \x1b[31m \ud800")
+    shown = capsys.readouterr().err
+    assert shown == "[rank 0] first\nsecond \\x1b[31m \\ud800\n"
+    assert "second \\x1b[31m \\ud800" in (tmp_path / "rank_00000.log").read_text()

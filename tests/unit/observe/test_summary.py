@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, duration, read_summary, render, versions
+from grpo_mega.observe.summary import (
+    Evaluation,
+    Summary,
+    add_seconds,
+    duration,
+    git_commit,
+    read_summary,
+    render,
+    versions,
+)
 from grpo_mega.observe.summary import write_summary as write
 from grpo_mega.types import UserError
 
@@ -109,7 +119,16 @@ def test_versions_contain_installed_packages_and_none_for_the_others(monkeypatch
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = versions()
-    assert set(found) == {"torch", "megatron-core", "vllm", "sglang", "transformers", "grpo_mega", "python"}
+    assert set(found) == {
+        "torch",
+        "megatron-core",
+        "vllm",
+        "sglang",
+        "transformers",
+        "grpo_mega",
+        "python",
+        "git_commit",
+    }
     assert (found["torch"], found["vllm"], found["megatron-core"]) == ("2.13.0", "0.32.0", None)
     assert found["grpo_mega"]
     assert found["python"]
@@ -120,3 +139,21 @@ def test_versions_contain_installed_packages_and_none_for_the_others(monkeypatch
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_commit_of_a_checkout_says_whether_files_differ_from_it(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert git_commit(tmp_path) is None
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "new").write_text("not tracked")
+    assert git_commit(tmp_path) == commit
+    (tmp_path / "file").write_text("2")
+    assert git_commit(tmp_path) == f"{commit}+changes"
