@@ -197,12 +197,12 @@ class Engine(Protocol):
     @property
     def policy_version(self) -> int:
         """Number of updates behind the weights; -1 before the first sync."""
-        ...
+
+    steps: int  # so far, or completions of an engine in other processes; it grows while the engine makes progress
 
     @property
     def sink(self) -> WeightSink:
         """The engine's end of a weight sync on this rank."""
-        ...
 
     def sync_peers(
         self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str

@@ -29,6 +29,7 @@ from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.parallel.device_queues import set_device_queues
 from grpo_mega.parallel.devices import num_driver_gpus, num_visible_gpus
 from grpo_mega.parallel.error_report import report_error
+from grpo_mega.parallel.heartbeat import write_stacks_on_signal
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped, StopRequests
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--for-launcher", action="store_true", help=argparse.SUPPRESS)  # prints what it needs as JSON
     arguments = parser.parse_args()
     stops = None if arguments.for_launcher else StopRequests()
+    write_stacks_on_signal()
     try:
         config = with_hub_inputs(load_config(arguments.config, arguments.overrides))
         if stops is None:
@@ -92,6 +94,8 @@ def for_launcher(config: Config) -> dict[str, object]:
         "world_size": wanted_world_size(config),
         "configured": config.run.world_size is not None,
         "timeout_seconds": config.guard.timeout_seconds,
+        "phase_limits": config.guard.phase_limits,
+        "resume": str(config.checkpoint.resume),
         "overrides": pinned_overrides(config),  # all ranks use the commits that were found once
     }
 

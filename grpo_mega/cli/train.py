@@ -1,6 +1,6 @@
 """Train a model. The command does the same as `launch/train.sh`, but does not build an environment.
 
-    grpo-mega train [CONFIG] [section.key=value ...]
+    grpo-mega train [CONFIG] [section.key=value ...] [--restarts N]
 
 CONFIG is a file, or the name of a shipped config (`grpo-mega configs` lists them); default: quickstart. The ranks are
 started as `launch/train.sh --help` describes: on one machine, on several machines, by Slurm or by torchrun. Inside a
@@ -15,6 +15,8 @@ from pathlib import Path
 
 from grpo_mega.cli.environment import set_process_environment
 from grpo_mega.launch.main import main as launch
+from grpo_mega.launch.restarts import take_restarts
+from grpo_mega.types import UserError
 
 SCRIPT = "grpo-mega-train"
 
@@ -25,7 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    if not arguments or "=" in arguments[0]:
-        arguments.insert(0, "quickstart")
+    try:
+        restarts, rest = take_restarts(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not rest or "=" in rest[0]:
+        rest.insert(0, "quickstart")
     set_process_environment()
-    return launch([str(Path(sys.executable).with_name(SCRIPT)), *arguments])
+    return launch([str(Path(sys.executable).with_name(SCRIPT)), *rest, "--restarts", str(restarts)])

@@ -65,6 +65,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "checkpoint",
         "observe",
         "guard.timeout_seconds",
+        "guard.phase_limits",
     ),
     "changes_future": (
         "policy",

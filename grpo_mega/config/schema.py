@@ -114,11 +114,20 @@ class ObserveConfig(Section):
     JSON on its standard input. It has 60 seconds."""
 
 
+Phase = Literal["start", "rollout", "reward", "log_probs", "critic", "train", "sync", "evaluation", "checkpoint"]
+"""A phase of a run, as in the metrics `time/*_seconds`."""
+
+
 class GuardConfig(Section):
     """Limits that end a run which makes no progress, or whose engine does not compute what the policy computes."""
 
     timeout_seconds: float = Field(600.0, gt=0)
     """Longest wait of one rank for another, in seconds."""
+    phase_limits: dict[Phase, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Longest time without progress in a phase, in seconds, by phase. Progress: a rank enters a phase or a collective,
+    or its engine makes a step. After it the launcher reports the rank that the others wait for, and ends the job.
+    Default: the larger of 60 and 6 times the median of the phase; before it is known, `guard.timeout_seconds`, and none
+    for `start`."""
     max_mismatch: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
     """Largest difference between the log-probs of policy and engine in a step, in nats, over tokens with a probability
     above 1e-3 in one of them. The run stops if more than 2 tokens and more than 0.1 % of them exceed it, or one token

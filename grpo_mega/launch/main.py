@@ -17,11 +17,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from grpo_mega.launch.rendezvous import NodeInfo, RendezvousError, rendezvous
+from grpo_mega.launch.restarts import run_with_restarts, take_restarts
 from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
+from grpo_mega.launch.stall_watch import StallLimits
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port, port_is_free
 from grpo_mega.types import UserError
@@ -188,6 +190,13 @@ class LaunchRequest:
     configured: bool
     timeout_seconds: float
     overrides: tuple[str, ...] = ()
+    resume: str = "auto"
+    phase_limits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> StallLimits:
+        """Limits of ranks without progress."""
+        return StallLimits(self.timeout_seconds, self.phase_limits)
 
 
 def read_request(arguments: Sequence[str]) -> LaunchRequest:
@@ -210,20 +219,33 @@ def replace_process(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     os.execvpe(command[0], list(command), dict(env))
 
 
-def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Start this process's part of the job. Return the exit code, unless another program replaces this process."""
+def start(script: str, arguments: Sequence[str], env: Mapping[str, str], restarts: int = 0) -> int:
+    """Start this process's part of the job. Return the exit code, unless another program replaces this process.
+
+    `restarts`: for the launchers that srun starts on the nodes of an allocation.
+
+    Raises:
+        UserError: a setting is wrong, or a restart would not continue the run.
+        RendezvousError: not all machines joined.
+    """
     worker = [sys.executable, "-m", "grpo_mega.train", *arguments]
     place = find_place(env)
     if place == "worker":
         replace_process(worker, env)
     request = read_request(arguments)
+    if restarts and request.resume != "auto":
+        raise UserError(
+            f"--restarts={restarts} with checkpoint.resume={request.resume}: a restart would not continue the run",
+            remedy="leave one of them out",
+        )
     arguments, worker = [*arguments, *request.overrides], [*worker, *request.overrides]
     local_rank: int | None = None
     if place == "slurm_allocation":
         if request.configured:  # else each node counts its own GPUs: this may be a login node without any
             nodes = positive_int(env, "SLURM_JOB_NUM_NODES", positive_int(env, "SLURM_NNODES", 1))
             ranks_per_node(request.world_size, nodes)
-        replace_process(srun_command(env, script, arguments, request.timeout_seconds), env)
+        again = ["--restarts", str(restarts)] if restarts else []
+        replace_process(srun_command(env, script, [*arguments, *again], request.timeout_seconds), env)
     if place == "slurm_step":
         node, local_rank = slurm_node(env, request.world_size)
     else:
@@ -232,20 +254,22 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
         replace_process(worker, {**env, **node.rank_environment(local_rank)})
     environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
     if node.num_nodes == 1:
-        return run_ranks(worker, environments)
+        return run_ranks(worker, environments, limits=request.limits)
     me = NodeInfo(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())
     with rendezvous(me, node.master_addr, node.master_port, request.timeout_seconds) as meeting:
         # srun sends SIGTERM to the other tasks when one has failed: keep the exit code that was already received
         signal.signal(signal.SIGTERM, lambda *_: None)
-        code = run_ranks(worker, environments, meeting)
+        code = run_ranks(worker, environments, meeting, request.limits)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes its own handlers while it exits
     return code
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the launcher. `argv`: the path of launch/train.sh, which srun starts on the nodes; CONFIG; overrides."""
+    """Run the launcher. `argv`: the path of launch/train.sh, which srun starts on the nodes; CONFIG; overrides;
+    `--restarts N`."""
     try:
-        return start(argv[0], argv[1:], os.environ)
+        restarts, arguments = take_restarts(argv[1:])
+        return run_with_restarts(lambda rest: start(argv[0], rest, os.environ, restarts), arguments, restarts)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

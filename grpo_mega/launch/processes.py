@@ -71,6 +71,12 @@ def catches(pid: int, number: int) -> bool:
     return False
 
 
+def file_bytes(pid: int) -> int:
+    """Return the number of bytes that the process has read, also from sockets, and written to storage."""
+    lines = _read(pid, "io").decode(errors="replace").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("rchar:", "write_bytes:")))
+
+
 def held_shared_memory(pid: int) -> set[str]:
     """Return the names of the files in /dev/shm that the process has mapped or opened."""
     prefix = f"{SHARED_MEMORY}/"

@@ -4,12 +4,14 @@ Machine 0 listens on MASTER_PORT. The other machines retry until the limit, so m
 Mistakes that would hang or fail minutes later are reported here: a wrong MASTER_ADDR, a NODE_RANK given twice, machines
 with different numbers of ranks. The listening socket is closed when all machines have joined, because the ranks use the
 port then. The connections stay open: the first failure of any machine, with its last lines and its exit code, is sent
-to all. Messages are JSON objects, one per line. Imports no torch. Tests: tests/unit/launch/test_rendezvous.py.
+to all, and the launchers send each other the states of their ranks (stall_agreement.py). Messages are JSON objects, one
+per line. Imports no torch. Tests: tests/unit/launch/test_rendezvous.py.
 """
 
 from __future__ import annotations
 
 import json
+import select
 import socket
 import sys
 import threading
@@ -30,6 +32,7 @@ _MAX_BYTES = 1 << 20
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 OnFailure = Callable[[int, str], None]
+OnMessage = Callable[["NodeInfo", Mapping[str, Any]], None]
 
 
 class RendezvousError(RuntimeError):
@@ -84,6 +87,10 @@ class JsonSocket:
             raise OSError("another program answers there")
         return message
 
+    def can_send(self) -> bool:
+        """Return True if a message can be sent without a wait for the other side."""
+        return bool(select.select([], [self._connection], [], 0)[1])
+
     def is_open(self) -> bool:
         """Return False if the other side closed the connection."""
         self._connection.setblocking(False)
@@ -119,10 +126,31 @@ class Rendezvous:
         for connection in self._connections.values():
             connection.close()
 
-    def watch(self, on_failure: OnFailure) -> None:
-        """Call `on_failure(exit code, text)` in another thread when another machine fails or its connection closes."""
+    @property
+    def machines(self) -> list[NodeInfo]:
+        """The machines to which this machine has a connection."""
+        return list(self._connections)
+
+    def watch(self, on_failure: OnFailure, on_message: OnMessage = lambda *_: None) -> None:
+        """Receive from all machines in other threads.
+
+        Args:
+            on_failure: called with exit code and text when another machine fails or its connection closes.
+            on_message: called with the machine and its message for every other message, the last one is `done`.
+        """
         for machine in self._connections:
-            threading.Thread(target=self._watch_machine, args=(machine, on_failure), daemon=True).start()
+            threading.Thread(target=self._watch_machine, args=(machine, on_failure, on_message), daemon=True).start()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to all machines to which this machine has a connection. Does nothing after the last message.
+
+        A machine that does not read, because its launcher is stopped, is skipped as soon as its buffers are full.
+        """
+        with self._lock:
+            for connection in () if self._is_finished else self._connections.values():
+                with suppress(OSError):  # `watch` reports a machine that is gone
+                    if connection.can_send():
+                        connection.send(message)
 
     def report_failure(self, code: int, text: str) -> None:
         """Send this machine's failure to all others. Does nothing after the first failure of the job."""
@@ -140,13 +168,17 @@ class Rendezvous:
                         connection.send(message)
             return True
 
-    def _watch_machine(self, machine: NodeInfo, on_failure: OnFailure) -> None:
-        try:
-            message = self._connections[machine].receive(None)
-        except OSError:
-            message = None
-        if message is not None and "done" in message:
-            return
+    def _watch_machine(self, machine: NodeInfo, on_failure: OnFailure, on_message: OnMessage) -> None:
+        while True:
+            try:
+                message = self._connections[machine].receive(None)
+            except OSError:
+                message = None
+            if message is None or "failed" in message:
+                break
+            on_message(machine, message)
+            if "done" in message:
+                return
         message = message or {"failed": 1, "text": f"launch: {machine} is gone: its connection closed unexpectedly\n"}
         if self._broadcast_final(message, source=machine):
             on_failure(int(message["failed"]), str(message["text"]))

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from grpo_mega.parallel.heartbeat import RankHeartbeat
+
 _NO_GAP = 1e-6  # seconds; rounding of sums
 
 
@@ -20,11 +22,16 @@ class PhaseTimer:
     Args:
         on_phase: called with the name of a phase when it starts, or resumes after a nested phase.
         clock: monotonic clock in seconds.
+        heartbeat: of this rank, which shows the launcher the phase and the step; None: no launcher watches.
     """
 
     def __init__(
-        self, on_phase: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        on_phase: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        heartbeat: RankHeartbeat | None = None,
     ) -> None:
+        self._heartbeat = heartbeat
         self._on_phase = on_phase
         self._clock = clock
         self._running: list[str] = []
@@ -54,12 +61,19 @@ class PhaseTimer:
         finally:
             self._account()
             self._running.pop()
-            if self._running and self._on_phase is not None:
-                self._on_phase(self._running[-1])
+            if self._running:
+                self._show(self._running[-1])
+
+    def count_progress(self, counter: Callable[[], int]) -> None:
+        """Add a counter to the heartbeats, which grows while the rank makes progress inside of a phase."""
+        if self._heartbeat is not None:
+            self._heartbeat.count(counter)
 
     def start_step(self) -> None:
         """Reset the seconds of the current step."""
         self._account()
+        if self._heartbeat is not None:
+            self._heartbeat.step()
         self._step, self._spans = {}, []
         self._step_start = self._mark
 
@@ -85,6 +99,12 @@ class PhaseTimer:
 
     def _enter(self, name: str) -> None:
         self._running.append(name)
+        self._show(name)
+
+    def _show(self, name: str) -> None:
+        """Report the phase that starts or resumes."""
+        if self._heartbeat is not None:
+            self._heartbeat.phase(name)
         if self._on_phase is not None:
             self._on_phase(name)
 

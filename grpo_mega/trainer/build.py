@@ -29,6 +29,7 @@ from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunFolder, RunState
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.heartbeat import heartbeat_of_this_rank
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import StopRequests
 from grpo_mega.policy.critic import MegatronCritic
@@ -116,7 +117,7 @@ def building(
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
-        timers = PhaseTimer(phase_listener(peaks, progress))
+        timers = PhaseTimer(phase_listener(peaks, progress), heartbeat=heartbeat_of_this_rank())
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
             objective = Objective(config.algorithm, config.sampling.max_tokens)

@@ -76,6 +76,7 @@ def make_sampler(
         model_folder: holds the tokenizer.
         answers: collects the times of this rank's rollouts; None: they are not measured.
     """
+    timers.count_progress(lambda: engine.steps)
     generator: Generator = engine
     if config.environment is not None:
         generator = _multi_turn_generator(config, engine, workers, ranks, model_folder)

@@ -150,6 +150,8 @@ def test_for_launcher_prints_the_values_of_the_config() -> None:
         "world_size": 8,
         "configured": True,
         "timeout_seconds": 60.0,
+        "phase_limits": {},
+        "resume": "auto",
         "overrides": [],
     }
 

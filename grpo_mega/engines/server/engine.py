@@ -81,6 +81,8 @@ class ServerEngine:
             raise UserError("\n".join(error for error in errors if error))
         self._sink = ServedSink()
         self._asleep: set[str] = set()
+        self.steps = 0
+        """Number of completions so far."""
 
     @property
     def policy_version(self) -> int:
@@ -217,6 +219,7 @@ class ServerEngine:
                     f"an engine server sampled with weights of version {completion.policy_version}, but the policy "
                     f"sent version {self.policy_version}"
                 )
+            self.steps += 1
             yield position, member, completion
 
     def _receive_rollouts(

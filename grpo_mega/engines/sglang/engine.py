@@ -97,6 +97,8 @@ class SglangEngine:
             raise
         self._sink = SglangSink(self._process, target, tensors)
         self._asleep: set[Resident] = set()
+        self.steps = 0
+        """Number of completions so far."""
 
     @property
     def policy_version(self) -> int:
@@ -214,6 +216,7 @@ class SglangEngine:
         """Yield (prompt position, member, completion) as rollouts complete, on every rank of the replica."""
         for sampled in self._ranks.broadcast_stream(self._sample(prompts, sampling)):
             position, member = divmod(sampled.position, sampling.group_size)
+            self.steps += 1
             yield position, member, self._requests.completion(sampled, prompts[position], self.policy_version)
 
     def _sample(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[Any]:

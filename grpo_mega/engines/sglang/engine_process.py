@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stubs, other_models
 from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch, pickled_tensors
+from grpo_mega.parallel.heartbeat import write_stacks_on_signal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 # In this process and in those that SGLang spawns from it, before their imports.
 if __name__ in ("__main__", "__mp_main__") and ENVIRONMENT.items() <= os.environ.items():
     install_stubs()
+if __name__ in ("__main__", "__mp_main__"):
+    write_stacks_on_signal()
 
 _PR_SET_PDEATHSIG = 1
 

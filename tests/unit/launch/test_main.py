@@ -380,7 +380,7 @@ def test_all_ranks_get_the_commits_that_the_launcher_found(monkeypatch: pytest.M
     commands: list[list[str]] = []
     pins = ('model.revision="1f"',)
 
-    def record(command: list[str], _: object) -> int:
+    def record(command: list[str], _: object, **_limits: object) -> int:
         commands.append(command)
         return 0
 
@@ -399,7 +399,7 @@ class Last:  # destroyed after Python has removed its signal handlers
         kill(pid, number)
 sys.last = Last()
 main.read_request = lambda arguments: main.LaunchRequest(2, True, 10.0)
-main.run_ranks = lambda *_: 2
+main.run_ranks = lambda *_, **__: 2
 sys.exit(main.main(["train.sh"]))
 """
 
