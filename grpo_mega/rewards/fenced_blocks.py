@@ -16,6 +16,7 @@ Asserted by tests/unit/rewards/test_fenced_blocks.py.
 
 from __future__ import annotations
 
+import functools
 import re
 import string
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _LABEL = re.compile(r"[{.\s]*(?:language-|lang=)?([A-Za-z0-9_+#.-]*)")
 _MARKDOWN = ("", "markdown", "md")
 _FIRST_OF_TILDE_INFO = frozenset(string.ascii_letters + "{.")  # `~~~^~~~` is a part of a traceback of Python
 _MAX_DEPTH = 3
+_SHORT = 32  # characters of a line whose reading is kept
 _MAX_CLOSING_INDENT = 3
 
 
@@ -48,14 +50,19 @@ class _Opening:
     info: str
     columns: int
     num_quotes: int
+    label: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        match = _LABEL.match(self.info)
+        object.__setattr__(self, "label", match[1].lower() if match is not None else "")
 
     def is_ended_by(self, fence: _Opening) -> bool:
         same = fence.mark[0] == self.mark[0] and len(fence.mark) >= len(self.mark)
         return same and fence.num_quotes == self.num_quotes and fence.columns <= self.columns + _MAX_CLOSING_INDENT
 
 
-def fenced_blocks(text: str) -> list[FencedBlock]:
-    """Return the fenced blocks of a text in order."""
+def fenced_blocks(text: str) -> Iterator[FencedBlock]:
+    """Yield the fenced blocks of a text in order. A text of 1 MB may have 125,000 of them: do not keep them all."""
     return _blocks(text, 0)
 
 
@@ -85,14 +92,10 @@ class _RawBlock:
     lines: list[str] = field(default_factory=list)
 
 
-def _blocks(text: str, depth: int) -> list[FencedBlock]:
-    if "```" not in text and "~~~" not in text:
-        return []
-    return [
-        block
-        for raw in _raw_blocks(text, 0)
-        for block in _finished(raw.opening, raw.lines, depth, is_closed=raw.is_closed)
-    ]
+def _blocks(text: str, depth: int) -> Iterator[FencedBlock]:
+    if "```" in text or "~~~" in text:
+        for raw in _raw_blocks(text, 0):
+            yield from _finished(raw.opening, raw.lines, depth, is_closed=raw.is_closed)
 
 
 def _raw_blocks(text: str, position: int) -> Iterator[_RawBlock]:
@@ -102,7 +105,7 @@ def _raw_blocks(text: str, position: int) -> Iterator[_RawBlock]:
         row = text[begin:] if newline < 0 else text[begin:newline]
         position = len(text) if newline < 0 else newline + 1
         line = text[begin:position]
-        fence = _read_fence(row)
+        fence = _read_fence(row) if "```" in row or "~~~" in row else None
         if block is not None and block.opening.num_quotes and row.count(">") < block.opening.num_quotes:
             block.end = begin  # the quotation ended, and the block with it
             yield block
@@ -122,6 +125,10 @@ def _raw_blocks(text: str, position: int) -> Iterator[_RawBlock]:
 
 
 def _read_fence(row: str) -> _Opening | None:
+    return _read_short_fence(row) if len(row) <= _SHORT else _read_any_fence(row)
+
+
+def _read_any_fence(row: str) -> _Opening | None:
     match = _FENCE.match(row)
     if match is None:
         return None
@@ -131,24 +138,26 @@ def _read_fence(row: str) -> _Opening | None:
     return _Opening(match["mark"], info, _columns(match["lead"]), match["lead"].count(">"))
 
 
+_read_short_fence = functools.lru_cache(maxsize=1024)(_read_any_fence)  # a hostile text repeats one fence 125,000 times
+
+
 def _read_fence_behind_text(row: str) -> _Opening | None:
     match = _FENCE_BEHIND_TEXT.match(row)
     return _Opening(match["mark"], match["info"], 0, 0) if match is not None and match["text"].strip() else None
 
 
 def _finished(opening: _Opening, lines: list[str], depth: int, *, is_closed: bool) -> list[FencedBlock]:
-    match = _LABEL.match(opening.info)
-    label = match[1].lower() if match is not None else ""
+    label = opening.label
     content = "".join(lines)
     if not is_closed and (glued := content.rstrip()).endswith(opening.mark):
         code = glued.removesuffix(opening.mark)
         content = code if code == code.rstrip() else content
-    inner = _blocks(content, depth + 1) if label in _MARKDOWN and depth < _MAX_DEPTH else []
+    inner = list(_blocks(content, depth + 1)) if label in _MARKDOWN and depth < _MAX_DEPTH else []
     return inner if any(block.label for block in inner) else [FencedBlock(label, content, is_closed)]
 
 
 def _columns(text: str) -> int:
-    return len(text.expandtabs(4))
+    return len(text.expandtabs(4)) if text else 0
 
 
 def _without_indent(line: str, opening: _Opening) -> str:

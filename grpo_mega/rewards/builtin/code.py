@@ -143,7 +143,7 @@ def code(
 
 def program_of(answer: str) -> str:
     """Return the program of an answer; empty if the answer has fenced blocks, but none with a Python program."""
-    blocks = fenced_blocks(answer)
+    blocks = list(fenced_blocks(answer))
     if not blocks:
         return answer
     python = [b for b in blocks if _PYTHON.fullmatch(b.label) and not _PYTHON_SESSION.match(b.content)]

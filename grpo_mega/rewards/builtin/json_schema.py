@@ -24,7 +24,7 @@ from referencing.jsonschema import DRAFT202012
 
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
-from grpo_mega.rewards.fenced_blocks import fenced_blocks
+from grpo_mega.rewards.fenced_blocks import FencedBlock, fenced_blocks
 from grpo_mega.rewards.json_patterns import translate_patterns
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
@@ -135,13 +135,18 @@ def _json_of(answer: str) -> str:
 
     A block may also end at a fence with text behind it, if no other block has any content.
     """
-    blocks = fenced_blocks(answer)
-    filled = [number for number, block in enumerate(blocks) if block.content.strip()]
-    if len(filled) == 1 and blocks[filled[0]].label in ("", "json"):
-        block = blocks[filled[0]]
-        is_ended = block.is_closed or filled[0] + 1 < len(blocks)
-        return block.content if is_ended and answer.count("{") == block.content.count("{") else answer
-    return answer
+    filled: FencedBlock | None = None
+    is_last = False
+    for block in fenced_blocks(answer):
+        is_last = False
+        if block.content.strip():
+            if filled is not None:
+                return answer
+            filled, is_last = block, True
+    if filled is None or filled.label not in ("", "json"):
+        return answer
+    is_ended = filled.is_closed or not is_last
+    return filled.content if is_ended and answer.count("{") == filled.content.count("{") else answer
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def proof_of(completion: str, statement: str) -> str:
 
     A completion without any fence is a proof as a whole.
     """
-    blocks = fenced_blocks(completion)
+    blocks = list(fenced_blocks(completion))
     lean = [b.content for b in blocks if b.label in ("lean", "lean4")] or [b.content for b in blocks if not b.label]
     text = f"\n{lean[-1]}" if lean else "" if blocks else completion
     words = r"\s+".join(re.escape(word) for word in statement.split())

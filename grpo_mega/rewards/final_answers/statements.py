@@ -18,7 +18,7 @@ _MAX_SENTENCES = 4  # at the end of a text, in which a statement is searched
 _MAX_STATEMENTS = 20
 _FORMULA = r"\$\$.*?\$\$|\$[^$]+\$|\\\[.*?\\\]|\\\(.*?\\\)"
 _SENTENCE = re.compile(rf"(?:{_FORMULA}|[^\n.!?]|[.!?](?=\S)|(?<=\d)[!?])+", re.DOTALL)
-_NEXT_QUESTION = re.compile(r"\n\W*(?:Q|Question|Problem|User|Human|Instruction)\b", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(r"\n[^\w\n]*(?:Q|Question|Problem|User|Human|Instruction)\b", re.IGNORECASE)
 _ANSWER_PHRASE = re.compile(r"(?<!/)\banswers?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
 _RESULT_PHRASE = re.compile(
     r"\b(?:solution|result|option|choice)s?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE
