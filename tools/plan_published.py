@@ -134,7 +134,7 @@ def decode_milliseconds(entry: dict[str, Any], step: ComparedStep) -> tuple[floa
         assert published is not None, entry
         return 1e3 * published / longest, 1e3 * predicted / longest
     plan = step.plan
-    active = token_cost(plan.inputs.spec, plan.parameters, plan.inputs.workload.mean).active
+    active = token_cost(plan.inputs.spec, plan.inputs.workload.mean).active
     found = decode_step(plan.inputs, plan.memory.engine, entry["running"], active)
     return entry["published"], 1e3 * found.seconds
 

@@ -32,6 +32,7 @@ _FP8 = "`precision.fp8`"
 _CORRECTION = "with a correction or a veto"
 _EVALUATION = "after an evaluation"
 _SETS = "a step with rollouts of the set, with several training sets"
+_KNOWN_GPU = "on a GPU whose peak is in planner/hardware.py"
 _ENVIRONMENT = "every step; 0 without an environment"
 
 
@@ -258,6 +259,32 @@ METRICS: dict[str, Metric] = {
     "time/step_seconds": Metric(TIME, "step", "seconds", "the whole step"),
     "throughput/tokens_per_second": Metric(
         THROUGHPUT, "tokens per second", "tokens / s", "prompt and completion tokens per second of the step"
+    ),
+    "throughput/update_flops": Metric(
+        THROUGHPUT,
+        "operations",
+        "FLOP",
+        "floating-point operations of the step's updates, forward and backward, without padding and recomputation",
+    ),
+    "throughput/train_flops_per_second": Metric(
+        THROUGHPUT, "operations per second", "FLOP / s", "`throughput/update_flops` per second of training and rank"
+    ),
+    "throughput/train_mfu": Metric(
+        THROUGHPUT, "MFU", "fraction", "operations of the updates / peak of all ranks during training", _KNOWN_GPU
+    ),
+    "throughput/mfu": Metric(
+        THROUGHPUT,
+        "MFU",
+        "fraction",
+        "operations of the updates / peak of all devices, with engine servers, during the whole step",
+        _KNOWN_GPU,
+    ),
+    "train/bubble_fraction": Metric(
+        THROUGHPUT,
+        "pipeline bubble",
+        "fraction",
+        "idle part of a pipeline of the step's mean number of microbatches",
+        "`parallel.pp` > 1, without `train.objective=sft`",
     ),
     "throughput/rollout_tokens_per_second": Metric(
         THROUGHPUT, "tokens per second", "tokens / s", "completion tokens per second of sampling"

@@ -66,6 +66,13 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
+def device_peak_flops(device_name: str) -> float | None:
+    """Return the dense bf16 FLOP/s of a device by CUDA's name of it; None if `GPUS` does not have it."""
+    words = device_name.upper().replace("-", " ").split()
+    models = {name.partition("-")[0].upper(): gpu for name, gpu in GPUS.items() if gpu.kernels == "te"}
+    return next((gpu.bf16_flops for model, gpu in models.items() if model in words), None)
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """Efficiencies, as fractions of the peak rate of a device or a link, and fixed costs in bytes and seconds."""

@@ -146,7 +146,7 @@ def plan_resources(config: Config, spec: ModelSpec, count: ModuleCounter, cluste
     sizes = count(tp=topology.tp, ep=topology.ep, etp=topology.etp)
     total = total_parameters(config, spec, count(tp=1, ep=1, etp=1), where)
     memory = plan_memory(inputs, sizes, total_parameters=total, where=where)
-    return ResourcePlan(inputs, total, memory, plan_time(inputs, memory, total))
+    return ResourcePlan(inputs, total, memory, plan_time(inputs, memory))
 
 
 def _check_fp8_support(config: Config, cluster: Cluster) -> None:

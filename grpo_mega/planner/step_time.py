@@ -1,8 +1,7 @@
 """Seconds of each phase of a step: operations over peak rates and bytes over link speeds, with stated efficiencies.
 
 The seconds are predictions, not measurements; planner/hardware.py holds every assumption. Pure arithmetic.
-Source of the operation counts: 2 per weight and token in the forward pass, 4 in the backward pass (arXiv:2104.04473,
-appendix); attention takes L n (qk + v) per token and layer, causal.
+The operations are those of models/flops.py.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
+from grpo_mega.models.flops import TRAINED_PASSES, attention_flops, weights_per_token
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.engine_residue import EngineResidue
 from grpo_mega.planner.inputs import PlanInputs
@@ -50,29 +50,17 @@ class TokenCost:
         return 2 * self.active + self.attention_flops
 
 
-def token_cost(spec: ModelSpec, total_parameters: int, mean_length: float) -> TokenCost:
-    """Return the cost of one token: without the embedding, which is a lookup, and with `top_k` of the experts.
+def token_cost(spec: ModelSpec, mean_length: float) -> TokenCost:
+    """Return the cost of one token of a rollout (models/flops.py).
 
     Args:
         spec: the model.
-        total_parameters: of the whole model.
         mean_length: mean tokens of a rollout, over which attention is computed.
-
-    Source: arXiv:2104.04473, appendix (2 operations per weight and token in the forward pass).
     """
-    active = float(total_parameters)
-    if not spec.tie_embeddings:
-        active -= spec.vocab_size * spec.hidden_size
-    if spec.moe is not None:
-        expert = sum(spec.moe.layers) * 3 * spec.hidden_size * spec.moe.expert_ffn_size
-        active -= expert * (spec.moe.num_experts - spec.moe.top_k)
-    qk_and_v = 2 * spec.head_dim
-    if spec.mla is not None:
-        qk_and_v = spec.mla.nope_dim + spec.mla.rope_dim + spec.mla.v_dim
-    return TokenCost(active, spec.num_layers * mean_length * spec.num_heads * qk_and_v)
+    return TokenCost(weights_per_token(spec).total, attention_flops(spec, [mean_length]) / mean_length)
 
 
-def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> StepTime:
+def plan_time(inputs: PlanInputs, memory: MemoryPlan) -> StepTime:
     """Return the seconds of one step of rollouts of mean length; the longest one reaches sampling.max_tokens.
 
     In supervised fine-tuning a step has examples in place of rollouts, and no evaluation.
@@ -80,11 +68,10 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
     Args:
         inputs: the run, its cluster and the assumed efficiencies.
         memory: bytes of weights, optimizer state, KV cache and checkpoint.
-        total_parameters: of the whole model.
     """
     config, topology, assumed, gpu = inputs.config, inputs.topology, inputs.assumptions, inputs.gpu
     work = inputs.workload
-    cost = token_cost(inputs.spec, total_parameters, work.mean)
+    cost = token_cost(inputs.spec, work.mean)
     tokens = work.rollouts * work.mean
     efficiency = assumed.expert_flops if inputs.spec.moe is not None else assumed.dense_flops
     efficiency *= assumed.fp8_speedup if config.precision.fp8 is not None else 1.0
@@ -116,7 +103,7 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
         phases = {name: phases[name] for name in ("train", "optimizer", "checkpoint")}
     if config.algorithm.needs_critic:  # its values, its updates, and two more copies over PCIe
         phases["value"] = forward + phases["train"] + phases["optimizer"] + offload
-    return StepTime(phases, tokens, 3 * tokens * cost.forward)
+    return StepTime(phases, tokens, TRAINED_PASSES * tokens * cost.forward)
 
 
 def _policy_passes(config: Config) -> float:

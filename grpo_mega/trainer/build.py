@@ -139,7 +139,7 @@ def building(
             answers = AnswerTimes(lambda: timers.current == "rollout")
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder, answers)
         evaluator = make_evaluator(config, sampler, held_out)
-        shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, model_folder)
+        shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, model_folder)
         observer = make_observer(shown, ranks, stack, own_work(policy, critic, answers))
         if progress is not None:
             progress.note(explain_batch(config, ranks.topology))

@@ -10,15 +10,18 @@ from pathlib import Path
 import torch
 
 from grpo_mega.config.schema import Config
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.rank_reports import OwnSeconds, RankReporter, WorkSeconds
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.planner.hardware import device_peak_flops
 from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes
 from grpo_mega.trainer.reporter import Observer, RankObserver, RunReporter, TrainingData
+from grpo_mega.trainer.work_metrics import WorkMetrics
 from grpo_mega.types import Reward
 
 
@@ -33,6 +36,7 @@ class Shown:
     progress: Progress | None
     data: TrainingData
     is_right: Callable[[Reward], bool]
+    spec: ModelSpec
     model_folder: Path | None = None
     """Folder of the tokenizer with which TensorBoard shows tokens."""
 
@@ -55,10 +59,15 @@ def make_observer(shown: Shown, ranks: Ranks, stack: ExitStack, own_seconds: Own
         return RankObserver(reporter)
     report = RunReporter(
         shown.config, ranks.topology, shown.run, shown.timers, shown.peaks, shown.progress, shown.data, shown.is_right,
-        reporter, shown.model_folder,
+        reporter, _work_metrics(shown, ranks), shown.model_folder,
     )  # fmt: skip
     stack.callback(report.close)
     return report
+
+
+def _work_metrics(shown: Shown, ranks: Ranks) -> WorkMetrics:
+    peak = device_peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
+    return WorkMetrics(shown.spec, ranks.topology, shown.config.train.epochs_per_rollout, peak)
 
 
 def own_work(

@@ -133,7 +133,7 @@ def building_sft(
                     config, ranks, model_folder, run.folder, policy, phases, timers, held_out, stack
                 )
         is_right = _never if engine_side is None else engine_side.evaluator.is_right
-        shown = Shown(config, run, timers, peaks, progress, examples, is_right)
+        shown = Shown(config, run, timers, peaks, progress, examples, is_right, spec)
         observer = make_observer(shown, ranks, stack, own_work(policy))
         if progress is not None:
             progress.note(explain_examples(config, ranks.topology, examples))

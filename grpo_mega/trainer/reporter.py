@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.trainer.step_metrics import StepResult
+from grpo_mega.trainer.work_metrics import WorkMetrics
 from grpo_mega.types import Reward
 
 log = logging.getLogger(__name__)
@@ -117,6 +119,7 @@ class RunReporter:
         data: training prompts or examples.
         is_right: returns True if a reward means a right answer.
         ranks: measurements of all ranks and nodes.
+        work: operations of the updates, and MFU.
         model_folder: folder of the tokenizer with which TensorBoard shows tokens; None: it shows none.
     """
 
@@ -131,6 +134,7 @@ class RunReporter:
         data: TrainingData,
         is_right: Callable[[Reward], bool],
         ranks: RankReporter,
+        work: WorkMetrics,
         model_folder: Path | None = None,
     ) -> None:
         self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
@@ -139,7 +143,7 @@ class RunReporter:
         self._sets = names if len(names) > 1 else []
         self._data, self._prompts_per_step = data, config.data.prompts_per_step
         self._held_out: dict[str, float] = {}
-        self._ranks = ranks
+        self._ranks, self._work = ranks, work
         self._alarms = Alarms() if config.observe.alarms else Alarms(rules=())
         for step, line in read_lines(run.folder.metrics):
             self._alarms.step(step, line)  # of earlier commands
@@ -177,14 +181,17 @@ class RunReporter:
         write_experts(self._run.folder.experts_of(result.step), result.groups.rollouts)
         metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
         sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
-        tokens = sum(r.num_tokens for r in result.groups.rollouts)
-        self._write_line(result.step, tokens, {**metrics, **sampled}, times, reports)
+        lengths = [r.num_tokens for r in result.groups.rollouts]
+        trained = list(compress(lengths, result.batch.is_trained))
+        work = self._work.of_step(trained, [len(rows) for rows in result.batch.minibatches], times)
+        self._write_line(result.step, sum(lengths), {**metrics, **sampled, **work}, times, reports)
         self._write(steps=result.step, policy_digest=result.sync.policy_digest)
 
     def example_step(self, result: ExampleStepResult) -> None:
         """Write the metrics line. The digest of the policy is computed at the ends of the run only."""
         times, reports = self._timers.step_metrics(), self._ranks.gather()
-        self._write_line(result.step, result.num_tokens, result.metrics(), times, reports)
+        work = self._work.of_step([len(example.token_ids) for example in result.examples], (), times)
+        self._write_line(result.step, result.num_tokens, {**result.metrics(), **work}, times, reports)
         self._write(steps=result.step, policy_digest=None)
 
     def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:

@@ -43,6 +43,7 @@ STABLE_NAMES = [
     "time/checkpoint_seconds",
     "time/step_seconds",
     "throughput/tokens_per_second",
+    "throughput/mfu",
     "sync/bytes",
     "sync/gb_per_second",
     "memory/residual_bytes",
