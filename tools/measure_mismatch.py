@@ -27,6 +27,8 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.observe.rollout_files.reader import read_rows, steps_of
+from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.trainer.mismatch_guard import AUTO, EngineMismatchError, MismatchGuard, likely_mismatches
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
 
@@ -108,12 +110,11 @@ def _is_finished(folder: Path, steps: int) -> bool:
     return (summary["status"], summary["steps"]) == ("done", steps)
 
 
-def rollouts_of(file: Path) -> tuple[list[Rollout], list[list[float]]]:
-    """Return the rollouts of a file of `rollouts/`, and the policy's log-probs of their loss tokens in nats."""
+def rollouts_of(folder: Path) -> tuple[list[Rollout], list[list[float]]]:
+    """Return the rollouts of a step of `rollouts/`, and the policy's log-probs of their loss tokens in nats."""
     rollouts, olds = [], []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        mask = row["loss_mask"] and tuple(map(bool, row["loss_mask"]))
+    for row in read_rows(folder):
+        mask = None if row["loss_mask"] is None else tuple(row["loss_mask"])
         completion = Completion(
             token_ids=tuple(row["completion_ids"]),
             sampler_log_probs=tuple(row["sampler_log_probs"]),
@@ -137,8 +138,8 @@ def read(folder: Path, change: str, dtype: str, seed: int) -> RunMismatch:
     """Read the mismatch of a finished run from its folder."""
     bound, steps, all_sizes = AUTO[dtype], list[StepMismatch](), list[float]()
     guard = MismatchGuard(bound, "")
-    for file in sorted((folder / "rollouts").glob("step_*.jsonl")):
-        rollouts, olds = rollouts_of(file)
+    for step in steps_of(RunFolder(folder).rollouts):
+        rollouts, olds = rollouts_of(RunFolder(folder).rollouts_of(step))
         sizes = [each.size for each in likely_mismatches(rollouts, olds)]
         try:
             guard.check(len(steps) + 1, rollouts, olds, "")

@@ -5,7 +5,7 @@
 
 A layout is a comma-separated list of keys of `parallel`, optionally with `dp`; layouts are separated by `;`. The ranks
 of each layout are started on this machine. The batch is a file of a run (`--rollouts
-runs/NAME/rollouts/step_000001.jsonl`); without it, the batch has the config's prompts and random answers. The command
+runs/NAME/rollouts/step_000001`); without it, the batch has the config's prompts and random answers. The command
 prints the loss and the gradient norm of each layout. It also prints the first tensor, in checkpoint order, whose
 gradient differs from the single rank's gradient by more than the tolerance.
 
@@ -177,8 +177,8 @@ def compare_layouts(args: argparse.Namespace) -> list[LayoutResult]:
             f"--layouts={args.layouts!r} must contain a layout", remedy="write for example 'tp=2;pp=2,cp=2'"
         )
     configs = [config_of(args, layout) for layout in layouts]
-    if args.rollouts is not None and not args.rollouts.is_file():
-        raise UserError(f"--rollouts={args.rollouts} was not found", remedy="a run writes rollouts/step_000001.jsonl")
+    if args.rollouts is not None and not args.rollouts.exists():
+        raise UserError(f"--rollouts={args.rollouts} was not found", remedy="a run writes rollouts/step_000001/")
     one = configs[0]
     folder = model_folder_of(one)
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCE[one.precision.dtype]

@@ -19,6 +19,7 @@ from grpo_mega.algorithm.likelihood import LikelihoodLoss
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
 from grpo_mega.formats.stored_head import checkpoint_spec
+from grpo_mega.observe.rollout_files.reader import read_rows
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rollout.sampler import SampledGroups
@@ -49,31 +50,23 @@ def random_groups(config: Config, folder: Path, vocab_size: int) -> SampledGroup
 
 
 def read_rollouts(path: Path) -> SampledGroups:
-    """Read the rows of a run's rollouts/*.jsonl.
+    """Read the rollouts of a step, `rollouts/step_NNNNNN` of a run.
 
     Raises:
-        UserError: a row lacks a key, or the groups differ in size.
+        UserError: a part is damaged or missing, or the groups differ in size.
     """
-    groups: dict[Any, list[Rollout]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            ids, log_probs = tuple(row["completion_ids"]), tuple(row["sampler_log_probs"])
-            mask = tuple(bool(own) for own in row["loss_mask"]) if row.get("loss_mask") else None
-            prompt = Prompt(len(groups), row["prompt"], tuple(row["prompt_ids"]), "")
-            completion = Completion(ids, log_probs, "length", 0, "", loss_mask=mask)
-            rollout = Rollout(prompt, completion, Reward(row["reward"]), 0)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}:{number}: must be a row of a run's rollouts ({error!r})",
-                remedy="name a file in the folder rollouts of a run",
-            ) from None
-        groups.setdefault(prompt.token_ids, []).append(rollout)
+    groups: dict[int, list[Rollout]] = {}
+    for row in read_rows(path):
+        mask = None if row["loss_mask"] is None else tuple(row["loss_mask"])
+        prompt = Prompt(row["group"], row["prompt"], tuple(row["prompt_ids"]), row["answer"])
+        log_probs = tuple(row["sampler_log_probs"])
+        completion = Completion(tuple(row["completion_ids"]), log_probs, "length", 0, "", loss_mask=mask)
+        groups.setdefault(row["group"], []).append(Rollout(prompt, completion, Reward(row["reward"]), 0))
     sizes = {len(group) for group in groups.values()}
     if len(sizes) != 1:
         raise UserError(
             f"{path}: all prompts must have the same number of rollouts, and they have {sorted(sizes)}",
-            remedy="name the file of one whole step",
+            remedy="name the folder of one whole step",
         )
     return SampledGroups([r for group in groups.values() for r in group], sizes.pop())
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "evaluate": Command("evaluate", "measure pass@1, pass@k and mean length of a checkpoint"),
     "score": Command("score", "score a file of completions with a reward"),
     "fp8-report": Command("fp8_report", "report the quantization error of a model's weights in FP8"),
+    "rollouts": Command("rollouts", "print the rollouts of a step of a run"),
     "report": Command("report", "print the summary of a run folder"),
 }
 

@@ -3,6 +3,8 @@
     grpo-mega score --reward gsm8k --args '{"strict": true}' completions.jsonl > scored.jsonl
     python tools/score.py --reward gsm8k --args '{"strict": true}' completions.jsonl > scored.jsonl
 
+The file may also be a folder `rollouts/step_NNNNNN` of a run, or one of its Parquet parts.
+
 Rows keep their order and their other keys. The rows are scored by the same worker processes as in a run, with the same
 time limit. A row that could not be scored gets the lowest value of the reward, or null (--on-failure), and is counted.
 
@@ -29,6 +31,7 @@ from typing import Any
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.config.user_code import absolute_name
+from grpo_mega.observe.atomic_files import to_json
 from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
@@ -40,11 +43,16 @@ _INPUT_KEYS = frozenset(
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSONL file; empty lines are skipped.
+    """Yield the rows of a JSONL file, whose empty lines are skipped, or of the rollouts of a step of a run.
 
     Raises:
-        UserError: a line is not a JSON object or lacks a key (names file and line), or the file cannot be read.
+        UserError: a line is not a JSON object or lacks a key (names file and line), or a file cannot be read.
     """
+    if path.is_dir() or path.suffix == ".parquet":
+        from grpo_mega.observe.rollout_files.reader import read_rows
+
+        yield from read_rows(path)
+        return
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -143,7 +151,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
             rewards = pool.collect()
             for key, row in enumerate(batch):
                 value = rewards[key].value
-                print(json.dumps(row | {"reward": value}))
+                print(to_json(row | {"reward": value}))
                 values += [] if value is None else [value]
                 failures += bool(rewards[key].failures)
             num_rows += len(batch)
@@ -154,7 +162,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="JSONL file of {prompt, completion, answer}")
+    parser.add_argument("file", type=Path, help="JSONL file of {prompt, completion, answer}, or rollouts of a run")
     parser.add_argument(
         "--reward", required=True, help="a name of docs/rewards.md, ./file.py:function or package.module:function"
     )

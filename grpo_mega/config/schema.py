@@ -97,6 +97,13 @@ class CheckpointConfig(Section):
     """Write the last checkpoint in Hugging Face format as well."""
 
 
+class SampledRollouts(Section):
+    """A number of groups per step whose rollouts are written."""
+
+    sample: int = Field(ge=1)
+    """Groups per step. The choice is a function of `run.seed`, the step and the position of the group."""
+
+
 class ObserveConfig(Section):
     """Metrics and records of the run."""
 
@@ -105,6 +112,9 @@ class ObserveConfig(Section):
     memory_peaks: bool = False
     """Measure the peak memory of the first rank in each phase. Without CUDA this slows the run: free memory is returned
     to the system before every phase."""
+    rollouts: Literal["all", "none"] | SampledRollouts = "all"
+    """Rollouts that are written to `rollouts/` of the run folder (docs/reference/rollouts.md): `all`, `none`, or
+    `{sample: N}` for all rollouts of N groups of each step."""
     groups_shown: int = Field(3, ge=0)
     """Groups of each step that TensorBoard shows as text, with prompt and answers side by side."""
     alarms: bool = True

@@ -29,12 +29,13 @@ class DiscardedSteps:
 def set_aside_after(step: int, metrics: Path, rollouts: Path, discarded: Path) -> DiscardedSteps | None:
     """Move metrics lines and rollouts of steps after `step` to a new folder in `discarded`.
 
-    A line or a file that a killed process left unfinished is removed.
+    A line or a file that a killed process left unfinished is removed. Parts of rollouts are moved unread, so that a
+    damaged part of a step that is made again is no error.
 
     Args:
         step: last step that stays.
         metrics: `metrics.jsonl`.
-        rollouts: folder of the rollouts, `step_NNNNNN.*`.
+        rollouts: folder of the rollouts, with a folder `step_NNNNNN` per step.
         discarded: parent of the new folder, which is named by the time.
 
     Returns:
@@ -58,13 +59,29 @@ def set_aside_after(step: int, metrics: Path, rollouts: Path, discarded: Path) -
     if rollouts.is_dir():
         for path in list(rollouts.iterdir()):
             named = _STEP_NAME.match(path.name)
-            if named and path.name.endswith(TEMPORARY_SUFFIX):
-                path.unlink()
-            elif named and int(named[1]) > step:
+            if named and _remove_unfinished(path):
+                continue
+            if named and int(named[1]) > step:
                 steps.add(int(named[1]))
                 (target / rollouts.name).mkdir(parents=True, exist_ok=True)
                 path.rename(target / rollouts.name / path.name)
     return DiscardedSteps(target, tuple(sorted(steps))) if steps else None
+
+
+def _remove_unfinished(path: Path) -> bool:
+    """Remove what a killed process left unfinished: a temporary file, or those in the folder of a step. Return True if
+    nothing of the path is left."""
+    if path.is_dir():
+        for temporary in path.glob(f"*{TEMPORARY_SUFFIX}"):
+            temporary.unlink()
+        if any(path.iterdir()):
+            return False
+        path.rmdir()
+        return True
+    if path.name.endswith(TEMPORARY_SUFFIX):
+        path.unlink()
+        return True
+    return False
 
 
 def _new_folder_name(parent: Path) -> Path:

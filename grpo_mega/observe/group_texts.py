@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from typing import TypeVar
 
-from grpo_mega.observe.rollouts import RolloutRow
+import numpy as np
+
+from grpo_mega.observe.rollout_files.columns import RolloutColumns
+from grpo_mega.observe.rollout_files.plain_rows import RolloutRow, rows_of
 from grpo_mega.observe.safe_text import html_text, one_line
 
 MAX_ANSWERS = 4
@@ -30,17 +32,21 @@ TokenTexts = Callable[[Sequence[int]], Sequence[str]]
 """Returns the text of each token."""
 
 
-def group_texts(rows: Sequence[RolloutRow], shown: int, token_texts: TokenTexts | None) -> dict[str, str]:
+def group_texts(columns: RolloutColumns, shown: int, token_texts: TokenTexts | None) -> dict[str, str]:
     """Return {name: HTML} of at most `shown` groups, evenly from the highest to the lowest mean reward.
 
     Args:
-        rows: rollouts of a step; those of a group are neighbors.
+        columns: whole groups of a step. Only the rollouts of the shown groups become Python objects.
         shown: number of groups.
         token_texts: returns the texts of tokens; None: tokens are not shown.
     """
-    groups = [list(group) for _, group in groupby(rows, key=lambda row: row["prompt_index"])]
-    chosen = _spread(sorted(groups, key=_mean_reward, reverse=True), shown)
-    return {f"groups/{position}": render_group(group, token_texts) for position, group in enumerate(chosen)}
+    groups = [np.flatnonzero(columns.group == group) for group in np.unique(columns.group)]
+    means = [_mean_reward(columns.reward[positions].tolist()) for positions in groups]
+    order = sorted(range(len(groups)), key=means.__getitem__, reverse=True)
+    return {
+        f"groups/{position}": render_group(rows_of(columns.take(groups[i])), token_texts)
+        for position, i in enumerate(_spread(order, shown))
+    }
 
 
 def render_group(rows: Sequence[RolloutRow], token_texts: TokenTexts | None) -> str:
@@ -100,8 +106,8 @@ def _reward(row: RolloutRow) -> float:
     return -math.inf if row["reward"] is None else row["reward"]
 
 
-def _mean_reward(rows: Sequence[RolloutRow]) -> float:
-    known = [row["reward"] for row in rows if row["reward"] is not None]
+def _mean_reward(rewards: Sequence[float]) -> float:
+    known = [reward for reward in rewards if not math.isnan(reward)]
     return math.fsum(known) / len(known) if known else -math.inf
 
 

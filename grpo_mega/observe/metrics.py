@@ -1,7 +1,7 @@
-"""Writes the metrics of a run: the lines of `metrics.jsonl`, TensorBoard and the rollouts.
+"""Writes the metrics of a run in the background: the lines of `metrics.jsonl`, and TensorBoard.
 
-A name that is not in observe/metric_table.py is an error. The line of a step must be written before the checkpoint of
-that step is published; otherwise a run that is killed between the two would never write it.
+A name that is not in observe/metric_table.py is an error. The line of a step must be on disk before the checkpoint of
+that step is published (trainer/save_points.py); otherwise a run that is killed between the two would never write it.
 Asserted by tests/unit/observe/test_metrics.py.
 """
 
@@ -15,10 +15,11 @@ from types import TracebackType
 from typing import Literal, Self
 
 from grpo_mega.observe.atomic_files import to_json
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.distributions import distributions
 from grpo_mega.observe.group_texts import TokenTexts, group_texts
 from grpo_mega.observe.metric_table import require_known
-from grpo_mega.observe.rollouts import RolloutRow, write_rollouts
+from grpo_mega.observe.rollout_files.columns import RolloutColumns
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.safe_text import html_text
 from grpo_mega.observe.tensorboard import TensorBoardWriter
@@ -28,11 +29,19 @@ EndEvaluation = Literal["before", "after"]
 """The evaluation before the first step, or after the last one."""
 
 
+class MetricsFileError(RuntimeError):
+    """A line of metrics.jsonl could not be written. Names the file, the step and the reason."""
+
+
 class MetricsWriter:
-    """Writer of `metrics.jsonl`, TensorBoard and rollouts. Rank 0 only.
+    """Writer of `metrics.jsonl` and TensorBoard. Rank 0 only.
+
+    Every method queues its work on the background writer and returns. If an earlier write failed, it raises the
+    exception of that write.
 
     Args:
         folder: run folder.
+        writer: writes in the order of the calls.
         first_step: first step that will be written.
         tensorboard: also write to this object, which is closed by `close`; None: no TensorBoard.
         groups_shown: groups per step in TensorBoard.
@@ -42,14 +51,14 @@ class MetricsWriter:
     def __init__(
         self,
         folder: RunFolder,
+        writer: BackgroundWriter,
         *,
         first_step: int,
         tensorboard: TensorBoardWriter | None = None,
         groups_shown: int = 0,
         token_texts: TokenTexts | None = None,
     ) -> None:
-        self._folder = folder
-        self._next_step = first_step
+        self._writer, self._next_step = writer, first_step
         self._tensorboard, self._groups_shown, self._token_texts = tensorboard, groups_shown, token_texts
         self._evaluated = _end_evaluations(folder.metrics)
         # Unbuffered: a line is written in one call. A crash can leave an incomplete line, which `open_run` removes.
@@ -70,9 +79,7 @@ class MetricsWriter:
         changed = {"config_changes": list(config_changes)} if config_changes else {}
         self._write_line({"step": step, "wall_time": time.time(), **values, **changed})
         self._next_step = step + 1
-        if self._tensorboard is not None:
-            texts = {"config_changes": _code_lines(config_changes)} if config_changes else {}
-            self._tensorboard.write(step, values, texts=texts)
+        self._submit_points(step, values, {"config_changes": _code_lines(config_changes)} if config_changes else None)
 
     def write_evaluation(self, step: int, which: EndEvaluation, metrics: Mapping[str, float]) -> None:
         """Write a line of its own for an evaluation at one end of the run, with the key `evaluation`.
@@ -88,28 +95,31 @@ class MetricsWriter:
         if (step, which) not in self._evaluated:
             self._write_line({"step": step, "wall_time": time.time(), "evaluation": which, **values})
             self._evaluated.add((step, which))
-        if self._tensorboard is not None:
-            self._tensorboard.write(step, values)
+        self._submit_points(step, values)
 
     def write_alarms(self, step: int, texts: Sequence[str]) -> None:
         """Show the alarms that a step raised in TensorBoard."""
-        if self._tensorboard is not None:
-            self._tensorboard.write(step, {}, texts={"alarms": _code_lines(texts)})
+        self._submit_points(step, {}, {"alarms": _code_lines(texts)})
 
-    def write_rollouts(self, step: int, rows: Sequence[RolloutRow]) -> None:
-        """Write all rollouts of a step to a file; write their distributions and a few groups to TensorBoard."""
-        write_rollouts(self._folder.rollouts_of(step), rows)
+    def show_rollouts(self, columns: RolloutColumns) -> None:
+        """Write the distributions of these rollouts and a few of their groups to TensorBoard."""
         if self._tensorboard is not None:
-            texts = group_texts(rows, self._groups_shown, self._token_texts)
-            self._tensorboard.write(step, {}, histograms=distributions(rows), texts=texts)
+            tensorboard, shown, token_texts = self._tensorboard, self._groups_shown, self._token_texts
+
+            def write() -> None:
+                texts = group_texts(columns, shown, token_texts)
+                tensorboard.write(columns.step, {}, histograms=distributions(columns), texts=texts)
+
+            self._writer.submit(write)
 
     def finish(self) -> None:
         """Mark the run as complete in TensorBoard."""
         if self._tensorboard is not None:
-            self._tensorboard.finish()
+            self._writer.submit(self._tensorboard.finish)
 
     def close(self) -> None:
-        """Close the files."""
+        """Write what is queued, and close the files. An error of the background writer stays with it."""
+        self._writer.wait()
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -123,7 +133,24 @@ class MetricsWriter:
         self.close()
 
     def _write_line(self, values: Mapping[str, object]) -> None:
-        self._file.write(f"{to_json(values)}\n".encode())
+        self._writer.submit(lambda: self._append(values))
+
+    def _submit_points(self, step: int, values: StepMetrics, texts: Mapping[str, str] | None = None) -> None:
+        if self._tensorboard is not None:
+            tensorboard = self._tensorboard
+            self._writer.submit(lambda: tensorboard.write(step, values, texts=texts))
+
+    def _append(self, values: Mapping[str, object]) -> None:
+        content = f"{to_json(values)}\n".encode()
+        try:
+            if self._file.write(content) != len(content):
+                raise OSError("the file system is full")
+        except OSError as error:
+            raise MetricsFileError(
+                f"the metrics of step {values['step']} cannot be written to {self._file.name} ({error}). The run stops,"
+                " and its complete checkpoints are unchanged; after freeing space, the same command continues from the"
+                " newest"
+            ) from error
 
     @staticmethod
     def _known_floats(metrics: Mapping[str, float]) -> StepMetrics:

@@ -90,12 +90,8 @@ class RunFolder:
         return self.path / "fp8_report.json"
 
     def rollouts_of(self, step: int) -> Path:
-        """Path of the rollouts of one step, one row per rollout."""
-        return self.rollouts / f"step_{step:06d}.jsonl"
-
-    def experts_of(self, step: int) -> Path:
-        """Path of the routing records of these rollouts."""
-        return self.rollouts / f"step_{step:06d}.experts.npz"
+        """Folder of the rollouts of one step, with one Parquet part per engine replica."""
+        return self.rollouts / f"step_{step:06d}"
 
     def checkpoint_of(self, step: int) -> Path:
         """Path of the checkpoint after `step` steps."""

@@ -1,23 +1,31 @@
 """Bytes that a run writes to its run folder: checkpoints, the export, and the rollout files.
 
-A rollout file has one JSON object per rollout (observe/rollouts.py): text and token ids of prompt and completion, and
-one log-prob per token of the completion from the engine and, where it is known, from the policy. The bytes per token
-are those of the JSON text of such values. Metrics and logs, some kilobytes a step, are not counted.
+The rollout files of a step are compressed columns (observe/rollout_files/): token ids and texts of prompts and
+completions, and one log-prob per token of the completion from the engine and, where it is known, from the policy. The
+rollouts of a group have the same prompt, which takes its bytes once. Token ids count with the entropy of equally
+frequent tokens, so the estimate is high for texts of a language. Metrics and logs, some kilobytes a step, are not
+counted.
 Pure arithmetic. Asserted by tests/unit/planner/test_disk.py and, against a run, by tests/e2e/test_quickstart.py.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from grpo_mega.config.schema import SampledRollouts
 from grpo_mega.data.expert_records import NO_RECORD_UINT8
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.inputs import PlanInputs
 
-LOG_PROB_BYTES = 22.0
-"""JSON text of a float32 log-prob: sign, 17 to 19 significant digits, decimal point, comma and space."""
-ROW_BYTES = 370.0
-"""JSON text of a rollout without tokens: the keys, the reward and its components, the advantage, the counters."""
+LOG_PROB_BYTES = 3.6
+"""Compressed float32 log-prob: the sign and the exponent take half a byte, the mantissa is not compressible."""
+TEXT_RATIO = 0.45
+"""Compressed bytes per byte of text."""
+ROW_BYTES = 14.0
+"""Compressed rollout without tokens: reward, advantage and counters."""
+PART_BYTES = 7400.0
+"""A part without rollouts: metadata of all columns."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +86,19 @@ def rollout_file_bytes(inputs: PlanInputs) -> float:
     Supervised fine-tuning has none.
     """
     config, assumed, work = inputs.config, inputs.assumptions, inputs.workload
-    if config.is_sft:
+    mode = config.observe.rollouts
+    if config.is_sft or mode == "none":
         return 0.0
     prompt = config.data.max_prompt_tokens * assumed.mean_length
     completion = config.sampling.max_tokens * assumed.mean_length
-    token = len(str(inputs.spec.vocab_size)) + 2 + assumed.text_bytes_per_token
+    token = math.log2(inputs.spec.vocab_size) / 8 + assumed.text_bytes_per_token * TEXT_RATIO
     log_probs = LOG_PROB_BYTES * (1 if config.algorithm.old_log_probs == "sampler" else 2)
-    row = ROW_BYTES + (prompt + completion) * token + completion * log_probs
+    row = ROW_BYTES + completion * (token + log_probs) + prompt * token / config.sampling.group_size
     if config.algorithm.routing_replay and inputs.spec.moe is not None:
         row += (prompt + completion) * _record_bytes(inputs.spec)
-    return work.rollouts * row
+    groups = config.data.prompts_per_step
+    written = min(1.0, mode.sample / groups) if isinstance(mode, SampledRollouts) else 1.0
+    return inputs.topology.num_replicas * PART_BYTES + work.rollouts * written * row
 
 
 def _record_bytes(spec: ModelSpec) -> int:

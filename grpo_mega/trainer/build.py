@@ -23,6 +23,7 @@ from grpo_mega.interfaces import Critic, Engine, WeightSource
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.observe.atomic_files import to_json, write_atomically
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.log import quiet_libraries
 from grpo_mega.observe.memory import PhasePeaks, device_peak
 from grpo_mega.observe.progress import Progress
@@ -63,6 +64,7 @@ class BuiltJob:
     model_folder: Path
     state: LoopState
     policy: MegatronPolicy
+    writer: BackgroundWriter
 
     def run(self) -> None:
         """Run the first weight sync and evaluation, the loop, the last evaluation, the export and the summary."""
@@ -116,6 +118,7 @@ def building(
     """
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
+        writer = stack.enter_context(BackgroundWriter())
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
         timers = PhaseTimer(phase_listener(peaks, progress), heartbeat=heartbeat_of_this_rank())
         with timers.phase("start"):
@@ -139,7 +142,7 @@ def building(
             answers = AnswerTimes(lambda: timers.current == "rollout")
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder, answers)
         evaluator = make_evaluator(config, sampler, held_out)
-        shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, model_folder)
+        shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, writer, model_folder)
         observer = make_observer(shown, ranks, stack, own_work(policy, critic, answers))
         if progress is not None:
             progress.note(explain_batch(config, ranks.topology))
@@ -152,13 +155,13 @@ def building(
             objective=objective,
             phases=phases,
             sync=sync,
-            saves=make_saves(config, ranks, checkpoints, stops, timers, progress),
+            saves=make_saves(config, ranks, checkpoints, stops, timers, progress, writer),
             evaluator=evaluator if held_out is not None else None,
             timers=timers,
             observer=observer,
             mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
         )
-        yield BuiltJob(job, run, model_folder, state, policy)
+        yield BuiltJob(job, run, model_folder, state, policy, writer)
 
 
 def _make_critic(
@@ -177,6 +180,7 @@ def make_saves(
     stops: StopRequests,
     timers: PhaseTimer,
     progress: Progress | None,
+    writer: BackgroundWriter,
 ) -> SavePoints:
     """Return the points at which the run saves or stops, and tell the user when it saves.
 
@@ -187,11 +191,12 @@ def make_saves(
         stops: stop requests of this process.
         timers: measures the time of the phase `checkpoint`.
         progress: display, on rank 0.
+        writer: writes rollouts and metrics of this rank, which are on disk before a checkpoint is visible.
     """
     schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
     if progress is not None:
         progress.note(str(schedule))
-    return SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps)
+    return SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps, writer)
 
 
 def make_checkpoints(

@@ -11,6 +11,7 @@ import torch
 
 from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.rank_reports import OwnSeconds, RankReporter, WorkSeconds
@@ -22,6 +23,7 @@ from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes
 from grpo_mega.trainer.reporter import Observer, RankObserver, RunReporter, TrainingData
 from grpo_mega.trainer.work_metrics import WorkMetrics
+from grpo_mega.trainer.rollout_parts import RolloutParts, writes_rollouts
 from grpo_mega.types import Reward
 
 
@@ -37,6 +39,8 @@ class Shown:
     data: TrainingData
     is_right: Callable[[Reward], bool]
     spec: ModelSpec
+    writer: BackgroundWriter
+    """Writes metrics and rollouts of this rank."""
     model_folder: Path | None = None
     """Folder of the tokenizer with which TensorBoard shows tokens."""
 
@@ -55,11 +59,14 @@ def make_observer(shown: Shown, ranks: Ranks, stack: ExitStack, own_seconds: Own
         ranks.rank, ranks.topology.world_size, shown.timers, num_gpus=num_gpus, own_seconds=own_seconds
     )
     stack.callback(reporter.close)
+    parts = None
+    if writes_rollouts(ranks) and not shown.config.is_sft:
+        parts = RolloutParts(shown.config, shown.run.folder, ranks, shown.writer)
     if shown.progress is None:
-        return RankObserver(reporter)
+        return RankObserver(reporter, parts)
     report = RunReporter(
         shown.config, ranks.topology, shown.run, shown.timers, shown.peaks, shown.progress, shown.data, shown.is_right,
-        reporter, _work_metrics(shown, ranks), shown.model_folder,
+        reporter, _work_metrics(shown, ranks), shown.writer, parts, shown.model_folder,
     )  # fmt: skip
     stack.callback(report.close)
     return report

@@ -19,6 +19,7 @@ from grpo_mega.data.example_dataset import ExampleDataset
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.digest import combined_digest
 from grpo_mega.models.parameter_tables import keeps_float32
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.log import quiet_libraries
 from grpo_mega.observe.memory import PhasePeaks, device_peak
 from grpo_mega.observe.progress import Progress
@@ -115,6 +116,7 @@ def building_sft(
     """
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
+        writer = stack.enter_context(BackgroundWriter())
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
         timers = PhaseTimer(phase_listener(peaks, progress), heartbeat=heartbeat_of_this_rank())
         engine_side = None
@@ -133,11 +135,11 @@ def building_sft(
                     config, ranks, model_folder, run.folder, policy, phases, timers, held_out, stack
                 )
         is_right = _never if engine_side is None else engine_side.evaluator.is_right
-        shown = Shown(config, run, timers, peaks, progress, examples, is_right, spec)
+        shown = Shown(config, run, timers, peaks, progress, examples, is_right, spec, writer)
         observer = make_observer(shown, ranks, stack, own_work(policy))
         if progress is not None:
             progress.note(explain_examples(config, ranks.topology, examples))
-        saves = make_saves(config, ranks, checkpoints, stops, timers, progress)
+        saves = make_saves(config, ranks, checkpoints, stops, timers, progress, writer)
         job = SftState(config, ranks, examples, policy, phases, saves, timers, observer, engine_side)
         yield BuiltSft(job, run, model_folder, state, policy)
 

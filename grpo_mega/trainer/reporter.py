@@ -1,4 +1,7 @@
-"""Reports a run on rank 0: progress display, metrics, rollouts on disk and the summary. Other ranks report nothing."""
+"""Reports a run: rank 0 has the progress display, the metrics and the summary, other ranks send their measurements.
+
+The first rank of each engine replica writes its rollouts.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.data.token_texts import TokenTextCache
 from grpo_mega.observe.alarm_command import AlarmCommand
 from grpo_mega.observe.alarms import Alarms
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.hardware.host import disk_free_fraction
 from grpo_mega.observe.history import read_lines
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.rank_reports import RankReport, RankReporter, append_timeline, report_metrics
-from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, versions, write_summary
 from grpo_mega.observe.tensorboard import TensorBoardWriter
@@ -29,6 +32,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observe.verdict import verdict
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.trainer.rollout_parts import RolloutParts
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.trainer.work_metrics import WorkMetrics
@@ -72,10 +76,13 @@ class Observer(Protocol):
 
 
 class RankObserver:
-    """Observer of all ranks but rank 0: sends the measurements of each step to rank 0 and ignores the rest."""
+    """Observer of all ranks but rank 0: sends the measurements of each step to rank 0 and ignores the rest.
 
-    def __init__(self, ranks: RankReporter) -> None:
-        self._ranks = ranks
+    The first rank of an engine replica also writes the rollouts of the replica.
+    """
+
+    def __init__(self, ranks: RankReporter, parts: RolloutParts | None) -> None:
+        self._ranks, self._parts = ranks, parts
 
     def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
         """Ignore the event."""
@@ -84,8 +91,14 @@ class RankObserver:
         """Ignore the event."""
 
     def step(self, result: StepResult) -> None:
-        """Send the measurements of the step. Collective."""
+        """Send the measurements of the step, and queue its rollouts. Collective.
+
+        Raises:
+            RolloutFileError: the rollouts of an earlier step could not be written.
+        """
         self._ranks.gather()
+        if self._parts is not None:
+            self._parts.write(result)
 
     def example_step(self, result: ExampleStepResult) -> None:
         """Send the measurements of the step. Collective."""
@@ -120,6 +133,8 @@ class RunReporter:
         is_right: returns True if a reward means a right answer.
         ranks: measurements of all ranks and nodes.
         work: operations of the updates, and MFU.
+        writer: writes the files in the background.
+        parts: writes the rollouts of this rank; None in supervised fine-tuning.
         model_folder: folder of the tokenizer with which TensorBoard shows tokens; None: it shows none.
     """
 
@@ -135,6 +150,8 @@ class RunReporter:
         is_right: Callable[[Reward], bool],
         ranks: RankReporter,
         work: WorkMetrics,
+        writer: BackgroundWriter,
+        parts: RolloutParts | None = None,
         model_folder: Path | None = None,
     ) -> None:
         self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
@@ -144,6 +161,7 @@ class RunReporter:
         self._data, self._prompts_per_step = data, config.data.prompts_per_step
         self._held_out: dict[str, float] = {}
         self._ranks, self._work = ranks, work
+        self._writer, self._parts = writer, parts
         self._alarms = Alarms() if config.observe.alarms else Alarms(rules=())
         for step, line in read_lines(run.folder.metrics):
             self._alarms.step(step, line)  # of earlier commands
@@ -174,11 +192,10 @@ class RunReporter:
         self._held_out = _as_metrics(evaluation)
 
     def step(self, result: StepResult) -> None:
-        """Write the rollouts, then the metrics line: if the line is on disk, so are its rollouts."""
+        """Write the rollouts, then the metrics line: if the line is on disk, so are the rollouts of this rank."""
         times, reports = self._timers.step_metrics(), self._ranks.gather()  # other ranks wait for the gather
-        rows = rollout_rows(result.groups.rollouts, result.batch.mean_advantages, result.old_log_probs)
-        self._metrics.write_rollouts(result.step, rows)
-        write_experts(self._run.folder.experts_of(result.step), result.groups.rollouts)
+        if self._parts is not None:
+            self._metrics.show_rollouts(self._parts.write(result))
         metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
         sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
         lengths = [r.num_tokens for r in result.groups.rollouts]
@@ -202,12 +219,16 @@ class RunReporter:
         ended = verdict(self._alarms.history, self._alarms.raised, self.summary.eval_before, evaluation)
         policy_digest = policy_digest or self.summary.policy_digest
         self._write(status="done", eval_after=evaluation, verdict=ended, policy_digest=policy_digest)
+        self._writer.flush()
         log.info("%s", render(self.summary, self._run.folder.path))
 
     def failed(self, error: BaseException) -> None:
         """Write a summary with the status and the exception, and log it if the user stopped the run."""
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit | Stopped | Interrupted)
-        self._write(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}")
+        status = "interrupted" if interrupted else "failed"
+        self._writer.wait()  # for the summary of the step, which would replace this one
+        self._update_summary(status=status, error=f"{type(error).__name__}: {error}")
+        write_summary(self._run.folder.summary, self.summary)
         if interrupted:
             log.info("%s", render(self.summary, self._run.folder.path))
 
@@ -241,6 +262,7 @@ class RunReporter:
             )
         return MetricsWriter(
             folder,
+            self._writer,
             first_step=first_step,
             tensorboard=tensorboard,
             groups_shown=config.observe.groups_shown,
@@ -277,17 +299,22 @@ class RunReporter:
             **self._held_out,
         }
         self._held_out = {}
-        append_timeline(self._run.folder.timeline, step, reports)
+        timeline = self._run.folder.timeline
+        self._writer.submit(lambda: append_timeline(timeline, step, reports))
         changes = self._run.changes if step == self._run.step + 1 else ()
         self._metrics.write(step, line, [f"{each.key}: {each.before} -> {each.now}" for each in changes])
         self._progress.step(step, line)
         self._raise_alarms(step, line)
 
     def _write(self, **changes: Any) -> None:
+        self._update_summary(**changes)
+        path, summary = self._run.folder.summary, self.summary
+        self._writer.submit(lambda: write_summary(path, summary))
+
+    def _update_summary(self, **changes: Any) -> None:
         changes["alarms"] = [asdict(alarm) for alarm in self._alarms.raised]
         seconds = add_seconds(self._run.previous, self._timers.total_seconds())
         self.summary = replace(self.summary, seconds=seconds, **changes)
-        write_summary(self._run.folder.summary, self.summary)
 
 
 def _as_metrics(evaluation: Evaluation) -> dict[str, float]:

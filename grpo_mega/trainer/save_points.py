@@ -9,6 +9,7 @@ from __future__ import annotations
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.interfaces import Policy
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import Stopped, StopRequests, largest_on_all
@@ -25,6 +26,7 @@ class SavePoints:
         stops: StopRequests,
         timers: PhaseTimer,
         last_step: int,
+        writer: BackgroundWriter,
     ) -> None:
         """Create the object of this rank.
 
@@ -35,9 +37,10 @@ class SavePoints:
             stops: stop requests of this process.
             timers: measures the time of the phase `checkpoint`.
             last_step: `train.steps`.
+            writer: writes the rollouts and the metrics of this rank.
         """
         self._ranks, self._checkpoints, self._schedule, self._stops = ranks, checkpoints, schedule, stops
-        self._timers, self._last_step = timers, last_step
+        self._timers, self._last_step, self._writer = timers, last_step, writer
         self._saved_step = 0
         self._stop_code = 0
 
@@ -62,6 +65,7 @@ class SavePoints:
         (stop_code,) = largest_on_all((self._stops.wanted(),), self._ranks)
         if not stop_code:
             return
+        self._require_written()
         with self._timers.phase("checkpoint"):
             self._checkpoints.stage_if_due(policy, state, is_due=state.step != self._saved_step)
             self._checkpoints.publish(wait=True)
@@ -80,11 +84,34 @@ class SavePoints:
             self._saved_step = state.step
 
     def end_step(self, step: int) -> None:
-        """Make the checkpoint visible, and stop if it was requested. Call when the metrics of the step are on disk.
+        """Make the checkpoint visible, and stop if it was requested. Call when the files of the step are submitted.
 
         Raises:
             Stopped: on every rank, with a complete checkpoint.
+            RuntimeError: on every rank, if rollouts or metrics of a rank cannot be written.
         """
+        if self._saved_step == step:
+            self._require_written()
         self._checkpoints.publish(wait=bool(self._stop_code) or step == self._last_step)
         if self._stop_code:
             raise Stopped(f"stopped after step {step}", self._stop_code)
+
+    def _require_written(self) -> None:
+        """Wait until the rollouts and the metrics of all ranks are on disk. Collective.
+
+        Raises:
+            RuntimeError: on every rank, if a write failed. The rank that failed raises the exception of the write.
+        """
+        failure = None
+        try:
+            self._writer.flush()
+        except Exception as error:  # raised below, after the other ranks know of it
+            failure = error
+        (failed_rank,) = largest_on_all((0 if failure is None else self._ranks.rank + 1,), self._ranks)
+        if failure is not None:
+            raise failure
+        if failed_rank:
+            raise RuntimeError(
+                f"rank {failed_rank - 1} could not write the rollouts or the metrics of a step (its message says which "
+                "file): the checkpoint of the step is not published"
+            )

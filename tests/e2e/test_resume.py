@@ -46,9 +46,11 @@ def assert_same_run(run: Path, expected: Path) -> None:
     lines = [without_times(line) for line in read_lines(run / "metrics.jsonl")]
     assert lines == [without_times(line) for line in read_lines(expected / "metrics.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    rollouts = sorted(path.name for path in (expected / "rollouts").iterdir())
-    assert sorted(path.name for path in (run / "rollouts").iterdir()) == rollouts
-    for name in rollouts:
+    parts = [f"step_{step:06d}/part-{part:05d}.parquet" for step in range(1, STEPS + 1) for part in (0, 1)]
+    for folder in (run, expected):
+        found = folder / "rollouts"
+        assert sorted(str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()) == parts
+    for name in parts:
         assert (run / "rollouts" / name).read_bytes() == (expected / "rollouts" / name).read_bytes(), name
     ours, theirs = (read_json(folder / "summary.json") for folder in (run, expected))
     assert ours["status"] == theirs["status"] == "done"
@@ -80,14 +82,19 @@ def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_r
     assert not (run / "checkpoints" / f"step_{STEPS:06d}" / "complete").exists(), "it ended before it was killed"
     assert read_json(run / "summary.json")["status"] == "interrupted"
     # Files that a kill in the next step may also leave.
-    (run / "rollouts" / f"step_{STEPS:06d}.jsonl").write_text("{}\n")
+    step = run / "rollouts" / f"step_{STEPS:06d}"
+    step.mkdir(exist_ok=True)
+    (step / "part-00000.parquet").write_bytes(b"PAR1 damaged")
+    (step / "part-00001.parquet.tmp").write_bytes(b"")
     (run / "checkpoints" / "step_000003.tmp").mkdir(exist_ok=True)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
     run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
     assert_same_run(run, uninterrupted_run)
     (discarded,) = (run / "discarded").iterdir()
-    assert [path.name for path in (discarded / "rollouts").iterdir()][-1:] == [f"step_{STEPS:06d}.jsonl"]
+    moved = discarded / "rollouts" / step.name
+    assert (moved / "part-00000.parquet").read_bytes() == b"PAR1 damaged"
+    assert not (moved / "part-00001.parquet.tmp").exists()
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
     assert continued["train/grad_norm"] > 0  # the compared values are not all zero
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
+from grpo_mega.observe.rollout_files.reader import read_step
+from grpo_mega.observe.run_folder import RunFolder
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, run_job_successfully
@@ -70,12 +73,12 @@ def test_with_the_engines_experts_the_policy_is_closer_to_the_sampler(tmp_path: 
         assert replayed["train/unreplayed_fraction"] == 0.0
         assert replayed["train/grad_norm"] > 0
         assert "train/unreplayed_fraction" not in plain
-    assert not list((tmp_path / "plain" / "rollouts").glob("*.npz"))
+    assert {row["expert_choices"] for row in rollouts_of(tmp_path / "plain", 1)} == {None}
     for step in range(1, STEPS + 1):
-        rows = rollouts_of(tmp_path / "replay", step)
-        with np.load(tmp_path / "replay" / "rollouts" / f"step_{step:06d}.experts.npz") as found:
-            lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) - 1 for row in rows]
-            assert found["num_tokens"].tolist() == lengths
-            assert found["choices"].shape == (sum(lengths), 3, 4)
-            assert found["choices"].dtype == np.uint8
-            assert 16 < found["choices"][:, [0, 2]].max() < 32
+        found = read_step(RunFolder(tmp_path / "replay").rollouts_of(step))
+        assert found.expert_shape == (3, 4)
+        for row in found.rows():
+            choices = np.array(row["expert_choices"]).reshape(-1, 3, 4)
+            assert len(choices) == len(row["prompt_ids"]) + len(row["completion_ids"]) - 1
+            assert choices[:, [0, 2]].max() < 32
+        assert max(pc.list_flatten(found.table.column("expert_choices")).to_pylist()) > 16

@@ -14,6 +14,9 @@ from typing import Any
 
 import psutil
 
+from grpo_mega.observe.rollout_files.reader import read_rows
+from grpo_mega.observe.run_folder import RunFolder
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = REPOSITORY / "launch" / "train.sh"
 QUICKSTART = "configs/quickstart.yaml"
@@ -113,7 +116,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
-    return read_lines(run / "rollouts" / f"step_{step:06d}.jsonl")
+    return read_rows(RunFolder(run).rollouts_of(step))
 
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo_mega.observe.rollout_files.columns import RolloutColumns
+from grpo_mega.trainer.rollout_parts import rollout_columns
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 
 
@@ -13,3 +19,16 @@ def make_rollout(reward: float = 1.0, text: str = "46") -> Rollout:
         reward=Reward(reward, {"exact": reward}, ("format",)),
         replica=1,
     )
+
+
+def columns_of_rollouts(
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[float],
+    old_log_probs: Sequence[Sequence[float] | None] | None = None,
+    *,
+    group_size: int = 1,
+) -> RolloutColumns:
+    """Return rollouts of step 4 as the columns that a run writes and shows."""
+    positions = np.arange(len(rollouts), dtype=np.int32)
+    olds = [None] * len(rollouts) if old_log_probs is None else old_log_probs
+    return rollout_columns(4, rollouts, positions, group_size, advantages, olds)

@@ -67,6 +67,7 @@ class OurSide:
         self.job: TrainerState = built.job
         self.prompts = prompts
         self.state: LoopState = built.state
+        self.writer = built.writer
         self.folder = built.run_state.folder.path
         first = push_weights(self.job, self.state)
         self.job.observer.started(first.policy_digest, None)
@@ -80,6 +81,7 @@ class OurSide:
         job: Any = replace(self.job, config=config, saves=NoSaves())
         clock = Stopwatch()
         self.state = train(job, self.state)
+        self.writer.flush()
         taken = clock.read()
         phases = self.job.timers.step_seconds()
         step_seconds = phases.pop("step")
@@ -104,10 +106,12 @@ class OurSide:
         return {**taken, "phases": {"train": taken["seconds"]}, "completions": completions}
 
     def _completions(self, step: int) -> list[list[int]]:
-        """Return the completions of the step from its file, in the order of the dataset's prompts."""
+        """Return the completions of the step from its files, in the order of the dataset's prompts."""
+        from grpo_mega.observe.rollout_files.reader import read_rows
+        from grpo_mega.observe.run_folder import RunFolder
+
         order = {prompt.text: prompt.index for prompt in self.prompts}
-        lines = (self.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = sorted((json.loads(line) for line in lines), key=lambda row: order[row["prompt"]])
+        rows = sorted(read_rows(RunFolder(self.folder).rollouts_of(step)), key=lambda row: order[row["prompt"]])
         return [row["completion_ids"] for row in rows]
 
     def _groups(self, completions: list[list[int]]) -> SampledGroups:

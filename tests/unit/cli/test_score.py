@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.step_columns import write_step
+
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "score.py"
 
 
@@ -129,3 +131,18 @@ def test_wrong_input_is_exit_2_with_one_message(
 def test_a_missing_file_is_exit_2(tmp_path: Path) -> None:
     done = run_score("--reward", "exact", "absent.jsonl", cwd=tmp_path)
     assert (done.returncode, done.stderr.startswith("error: absent.jsonl: No such file")) == (2, True)
+
+
+def test_the_rollouts_of_a_step_are_scored_with_another_reward(tmp_path: Path) -> None:
+    rows = [{"completion": "#### 46", "reward": 0.0}, {"completion": "#### 47", "reward": 0.0}]
+    folder = write_step(tmp_path, 12, rows[:1], rows[1:])
+    for given, expected in ((folder, [1.0, 0.0]), (folder / "part-00000.parquet", [1.0])):
+        done = run_score("--reward", "gsm8k", str(given), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        scored = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [row["reward"] for row in scored] == expected
+        assert scored[0]["completion_ids"] == [4, 6, 0]
+    (folder / "part-00001.parquet").write_bytes(b"")
+    done = run_score("--reward", "gsm8k", str(folder), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "part-00001.parquet is damaged" in done.stderr

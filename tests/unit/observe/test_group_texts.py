@@ -9,15 +9,19 @@ from functools import partial
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from grpo_mega.observe.group_texts import MAX_ANSWERS, MAX_TOKENS, group_texts, render_group
-from grpo_mega.observe.rollouts import RolloutRow, rollout_rows
-from grpo_mega.types import Completion, Reward
-from tests.helpers.observed_rollouts import make_rollout
+from grpo_mega.observe.rollout_files import plain_rows
+from grpo_mega.observe.rollout_files.plain_rows import RolloutRow
+from grpo_mega.types import Completion, Reward, Rollout
+from tests.helpers.observed_rollouts import columns_of_rollouts, make_rollout
 
 
 def rows_of(texts: Sequence[str], rewards: Sequence[float], index: int = 7) -> list[RolloutRow]:
+    return plain_rows.rows_of(columns_of_rollouts(rollouts_of(texts, rewards, index), [r - 0.5 for r in rewards]))
+
+
+def rollouts_of(texts: Sequence[str], rewards: Sequence[float], index: int = 7) -> list[Rollout]:
     rollouts = [make_rollout(reward, text) for reward, text in zip(rewards, texts, strict=True)]
-    prompt = replace(rollouts[0].prompt, index=index)
-    return rollout_rows([replace(r, prompt=prompt) for r in rollouts], [r - 0.5 for r in rewards], None)
+    return [replace(r, prompt=replace(r.prompt, index=index)) for r in rollouts]
 
 
 def repeated(text: str, ids: Sequence[int]) -> list[str]:
@@ -36,7 +40,7 @@ def test_the_answers_of_a_group_are_columns_from_the_best_to_the_worst() -> None
 
 def test_a_rollout_without_a_reward_is_last() -> None:
     lost = replace(make_rollout(text="lost"), reward=Reward(None, {}, ("judge",)))
-    rows = rollout_rows([lost, make_rollout(0.0, "wrong")], [0.0, -1.0], None)
+    rows = plain_rows.rows_of(columns_of_rollouts([lost, make_rollout(0.0, "wrong")], [0.0, -1.0]))
     shown = render_group(rows, None)
     assert shown.index("wrong") < shown.index("lost")
     assert "reward none" in shown
@@ -44,24 +48,25 @@ def test_a_rollout_without_a_reward_is_last() -> None:
 
 def test_groups_from_the_best_to_the_worst_and_at_most_four_answers_are_shown() -> None:
     rewards = {3: [0.0] * 6, 1: [1.0] * 6, 2: [0.5] * 6, 9: [0.2, 0.3, 0.1, 0.0, 0.4, 0.5]}
-    rows = [row for index, values in rewards.items() for row in rows_of(list("abcdef"), values, index)]
-    found = group_texts(rows, 2, None)
+    rollouts = [r for index, values in rewards.items() for r in rollouts_of(list("abcdef"), values, index)]
+    columns = columns_of_rollouts(rollouts, [0.0] * 24, group_size=6)
+    found = group_texts(columns, 2, None)
     assert list(found) == ["groups/0", "groups/1"]
     assert "prompt 1," in found["groups/0"]
     assert "prompt 3," in found["groups/1"]
     assert found["groups/0"].count("<td><pre>") == MAX_ANSWERS
-    assert group_texts(rows, 0, None) == {}
-    assert len(group_texts(rows, 9, None)) == 4
+    assert group_texts(columns, 0, None) == {}
+    assert len(group_texts(columns, 9, None)) == 4
 
 
 def test_tokens_have_the_color_of_their_mismatch() -> None:
     sampled = (-0.5, -0.25, -0.125)
     rollout = replace(make_rollout(), completion=Completion((4, 6, 0), sampled, "eos", 3, "46"))
-    (row,) = rollout_rows([rollout], [0.5], [[-0.5, -0.25 + 0.05, -0.125 - 2]])
+    (row,) = plain_rows.rows_of(columns_of_rollouts([rollout], [0.5], [[-0.5, -0.25 + 0.05, -0.125 - 2]]))
     shown = render_group([row], lambda ids: [f"<{token}>" for token in ids])
     assert "&lt;4&gt;\u00b7\U0001f7e8&lt;6&gt;\u00b7\U0001f7e5&lt;0&gt;" in shown
     many = replace(rollout, completion=Completion((4,) * 200, (-1.0,) * 200, "length", 3, "4" * 200))
-    (long,) = rollout_rows([many], [0.5], [[-1.0] * 200])
+    (long,) = plain_rows.rows_of(columns_of_rollouts([many], [0.5], [[-1.0] * 200]))
     assert f"[{200 - MAX_TOKENS} more tokens]" in render_group([long], lambda ids: ["x"] * len(ids))
 
 

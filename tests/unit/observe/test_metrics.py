@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_mega.observe import history
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.metric_row import SECTIONS
 from grpo_mega.observe.metric_table import HISTOGRAMS, METRICS, require_known
-from grpo_mega.observe.metrics import MetricsWriter
-from grpo_mega.observe.rollouts import rollout_rows
+from grpo_mega.observe.metrics import MetricsFileError, MetricsWriter
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.tensorboard import TensorBoardWriter
-from tests.helpers.observed_rollouts import make_rollout
+from tests.helpers.observed_rollouts import columns_of_rollouts, make_rollout
 from tools.dev.make_metrics_reference import REFERENCE, reference
 
 # The names that scripts rely on; a change here breaks them.
@@ -50,10 +52,15 @@ STABLE_NAMES = [
 ]
 
 
-def make_writer(path: Path, *, first_step: int = 1, tensorboard: bool = False) -> MetricsWriter:
+@contextmanager
+def make_writer(path: Path, *, first_step: int = 1, tensorboard: bool = False) -> Iterator[MetricsWriter]:
     folder = RunFolder(path)
     curves = TensorBoardWriter(folder.tensorboard, first_step=first_step) if tensorboard else None
-    return MetricsWriter(folder, first_step=first_step, tensorboard=curves, groups_shown=2)
+    with (
+        BackgroundWriter() as writer,
+        MetricsWriter(folder, writer, first_step=first_step, tensorboard=curves, groups_shown=2) as metrics,
+    ):
+        yield metrics
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -92,12 +99,15 @@ def test_an_unknown_name_is_an_error_with_the_nearest_name(tmp_path: Path) -> No
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_line_is_on_disk_at_once_with_step_first_and_every_metric(tmp_path: Path) -> None:
-    metrics = make_writer(tmp_path)
+def test_a_line_is_on_disk_after_a_flush_with_step_first_and_every_metric(tmp_path: Path) -> None:
+    writer = BackgroundWriter()
+    metrics = MetricsWriter(RunFolder(tmp_path), writer, first_step=1)
     metrics.write(1, {"reward/mean": 0.25, "train/kl": 1e-9})
     metrics.write(2, {"reward/mean": 1})
+    writer.flush()
     lines = read_lines(tmp_path)
     metrics.close()
+    writer.close()
     assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 1, "wall_time": ')
     assert lines == [
         {"step": 1, "reward/mean": 0.25, "train/kl": 1e-9},
@@ -158,10 +168,9 @@ def test_curves_hold_every_point(tmp_path: Path) -> None:
 
 
 def test_rollouts_are_histograms_and_texts_of_their_step(tmp_path: Path) -> None:
-    rows = rollout_rows([make_rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)], [0.0, -1.0, 1.0], None)
+    rollouts = [make_rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)]
     with make_writer(tmp_path, tensorboard=True) as metrics:
-        metrics.write_rollouts(4, rows)
-    assert len((tmp_path / "rollouts" / "step_000004.jsonl").read_text().splitlines()) == 3
+        metrics.show_rollouts(columns_of_rollouts(rollouts, [0.0, -1.0, 1.0], group_size=3))
     found = read_curves(tmp_path)
     assert set(found.Tags()["histograms"]) == set(HISTOGRAMS) - {"train/mismatch_distribution"}  # it is not known
     (rewards,) = found.Histograms("reward/distribution")
@@ -180,3 +189,18 @@ def test_the_tensorboard_package_is_imported_only_if_it_is_used(
     assert not (tmp_path / "tensorboard").exists()
     with pytest.raises(ImportError, match=r"observe\.tensorboard=true needs tensorboard"):
         make_writer(tmp_path, tensorboard=True)
+
+
+def test_a_line_that_does_not_fit_the_disk_is_named_by_the_next_call(tmp_path: Path) -> None:
+    writer = BackgroundWriter()
+    metrics = MetricsWriter(RunFolder(tmp_path), writer, first_step=7)
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics._file = Path("/dev/full").open("ab", buffering=0)
+    metrics.write(7, {"reward/mean": 0.25})
+    writer.wait()
+    with pytest.raises(
+        MetricsFileError, match=r"metrics of step 7 .*/dev/full .*No space left on device.*same command"
+    ):
+        metrics.write(8, {"reward/mean": 0.25})
+    metrics.close()
+    writer.close()

@@ -205,16 +205,25 @@ def test_continuing_moves_metrics_and_rollouts_after_the_checkpoint_aside(tmp_pa
     save_checkpoint(folder, 2)
     folder.metrics.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
     folder.rollouts.mkdir()
-    names = [f"step_00000{number}.jsonl" for number in (1, 2, 3, 4)]
-    for name in (*names, "step_000002.jsonl.tmp"):
-        (folder.rollouts / name).write_text(name)
+    names = [*(f"step_00000{number}" for number in (1, 2, 3, 4)), "step_000005.jsonl"]  # the last of an older version
+    for name in names[:4]:
+        (folder.rollouts / name).mkdir()
+        for part in ("part-00000.parquet", "part-00001.parquet.tmp"):
+            (folder.rollouts / name / part).write_text(f"{name}: damaged, and moved unread")
+    (folder.rollouts / names[4]).write_text("{}")
+    (folder.rollouts / "step_000006").mkdir()
     discarded = open_folder(tmp_path / "run").discarded
     assert folder.metrics.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n'
     assert sorted(p.name for p in folder.rollouts.iterdir()) == names[:2]
     assert discarded is not None
-    assert (discarded.steps, discarded.folder.parent) == ((3, 4), folder.discarded)
+    assert (discarded.steps, discarded.folder.parent) == ((3, 4, 5), folder.discarded)
     assert (discarded.folder / "metrics.jsonl").read_text() == '{"step": 3, "a": 3}\n'
-    assert {p.name: p.read_text() for p in (discarded.folder / "rollouts").iterdir()} == {n: n for n in names[2:]}
+    moved = discarded.folder / "rollouts"
+    assert sorted(path.name for path in moved.iterdir()) == names[2:]
+    assert {str(p.relative_to(moved)): p.read_text() for p in moved.glob("step_*/*")} == {
+        f"{name}/part-00000.parquet": f"{name}: damaged, and moved unread" for name in names[2:4]
+    }
+    assert not list(folder.rollouts.rglob("*.tmp"))
     assert open_folder(tmp_path / "run").discarded is None
 
 

@@ -9,45 +9,47 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_mega.observe.rollouts import RolloutRow, write_rollouts
-from grpo_mega.planner.disk import plan_disk, rollout_file_bytes
+from grpo_mega.observe.rollout_files.part_writer import part_path, write_part
+from grpo_mega.planner.disk import PART_BYTES, plan_disk, rollout_file_bytes
 from grpo_mega.planner.phase_memory import plan_memory
+from tests.helpers.jobs import REPOSITORY
 from tests.helpers.planner_cases import SIZES, config_of, inputs_of, spec_of
+from tests.helpers.step_columns import columns_of
 
 VOCABULARY = 151_936
 
 
-def written_rows(number: int, prompt: int, completion: int, *, with_old: bool) -> list[RolloutRow]:
-    """Rollouts as a run writes them: log-probs of float32 as Python floats, four bytes of text per token."""
+def written_part(folder: Path, groups: int, prompt: int, completion: int, *, with_old: bool) -> int:
+    """Write rollouts as a run does: four bytes of English text per token, float32 log-probs, equally frequent tokens.
+
+    Return the bytes of the file."""
     draw = random.Random(0)
+    pages = "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))
+
+    def text(tokens: int) -> str:
+        begin = draw.randrange(len(pages) - 4 * tokens)
+        return pages[begin : begin + 4 * tokens]
+
+    def ids(tokens: int) -> list[int]:
+        return [draw.randrange(VOCABULARY) for _ in range(tokens)]
 
     def log_probs() -> list[float]:
         return [float(np.float32(np.log(draw.uniform(1e-3, 1.0)))) for _ in range(completion)]
 
-    return [
-        RolloutRow(
-            prompt="word" * prompt,
-            completion="word" * completion,
-            answer="42",
-            reward=1.0,
-            reward_components={"exact": 1.0},
-            reward_failures=[],
-            advantage=0.7071067690849304,
-            stop_reason="eos",
-            policy_version=12,
-            prompt_index=1234,
-            replica=0,
-            prompt_ids=[draw.randrange(10_000, VOCABULARY) for _ in range(prompt)],
-            completion_ids=[draw.randrange(10_000, VOCABULARY) for _ in range(completion)],
-            sampler_log_probs=log_probs(),
-            old_log_probs=log_probs() if with_old else None,
-            loss_mask=None,
-            num_turns=1,
-            steps=None,
-            data_set="train",
-        )
-        for _ in range(number)
-    ]
+    rows = []
+    for group in range(groups):
+        shared = {
+            "group": group,
+            "prompt_index": draw.randrange(10**4),
+            "prompt": text(prompt),
+            "prompt_ids": ids(prompt),
+        }
+        for member in range(4):
+            own = {"member": member, "completion": text(completion), "completion_ids": ids(completion)}
+            own |= {"advantage": draw.gauss(0, 1), "sampler_log_probs": log_probs()}
+            rows.append(shared | own | {"old_log_probs": log_probs() if with_old else None})
+    write_part(folder, 0, 1, columns_of(*rows))
+    return part_path(folder, 0).stat().st_size
 
 
 @pytest.mark.parametrize("old_log_probs", ["policy", "sampler"])
@@ -55,14 +57,22 @@ def written_rows(number: int, prompt: int, completion: int, *, with_old: bool) -
 def test_a_rollout_file_has_the_planned_size(tmp_path: Path, old_log_probs: Any, prompt: int, completion: int) -> None:
     config = config_of(
         sampling={"max_tokens": 2 * completion, "group_size": 4},
-        data={"max_prompt_tokens": 2 * prompt, "prompts_per_step": 4},
+        data={"max_prompt_tokens": 2 * prompt, "prompts_per_step": 16},
         algorithm={"old_log_probs": old_log_probs},
         train={"max_tokens_per_microbatch": 4096},
     )
     inputs = inputs_of(config, spec_of(vocab_size=VOCABULARY))
-    path = tmp_path / "step_000001.jsonl"
-    write_rollouts(path, written_rows(16, prompt, completion, with_old=old_log_probs == "policy"))
-    assert rollout_file_bytes(inputs) == pytest.approx(path.stat().st_size, rel=0.1)
+    size = written_part(tmp_path, 16, prompt, completion, with_old=old_log_probs == "policy")
+    assert rollout_file_bytes(inputs) == pytest.approx(size, rel=0.1)
+
+
+def test_only_the_groups_that_are_written_count() -> None:
+    every, some, none = (
+        rollout_file_bytes(inputs_of(config_of(observe={"rollouts": mode}))) for mode in ("all", {"sample": 2}, "none")
+    )
+    parts = inputs_of(config_of()).topology.num_replicas * PART_BYTES
+    assert some - parts == pytest.approx((every - parts) * 2 / config_of().data.prompts_per_step)
+    assert none == 0
 
 
 def test_routing_records_have_a_byte_per_layer_and_chosen_expert() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.step_columns import write_step
 from tools.measure_mismatch import (
     CHANGES,
     HEALTHY,
@@ -26,24 +27,18 @@ from tools.measure_mismatch import (
 MEASUREMENTS = Path(__file__).resolve().parents[3] / "docs" / "measurements"
 
 
-def row(sampled: list[float], old: list[float], mask: list[int] | None = None, prompt: int = 0) -> dict[str, Any]:
+def row(sampled: list[float], old: list[float], mask: list[bool] | None = None, prompt: int = 0) -> dict[str, Any]:
     return {
-        "prompt": "1+1=", "completion": "2", "answer": "2", "reward": 1.0, "stop_reason": "eos", "policy_version": 0,
-        "prompt_index": prompt, "replica": 0, "prompt_ids": [1], "completion_ids": list(range(len(sampled))),
+        "prompt_index": prompt, "prompt_ids": [1], "completion_ids": list(range(len(sampled))),
         "sampler_log_probs": sampled, "old_log_probs": old, "loss_mask": mask,
     }  # fmt: skip
 
 
-def write_step(run: Path, step: int, *rows: dict[str, Any]) -> None:
-    file = run / "rollouts" / f"step_{step:06d}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
-
-
 def test_a_run_is_read_by_hand(tmp_path: Path) -> None:
     """The masked token and the unlikely one do not count; 2.5 nats are more than four times the bound of bf16."""
-    write_step(tmp_path, 1, row([-1.0, 0.0, -1.0], [-1.25, 0.0, -1.75], [1, 0, 1]), row([-9.0], [-20.0]))
-    write_step(tmp_path, 2, row([-1.0], [-3.5]), row([-1.0], [-1.0], prompt=1))
+    masked = row([-1.0, 0.0, -1.0], [-1.25, 0.0, -1.75], [True, False, True])
+    write_step(tmp_path, 1, [masked, row([-9.0], [-20.0])])
+    write_step(tmp_path, 2, [row([-1.0], [-3.5]), row([-1.0], [-1.0], prompt=1)])
     found = read(tmp_path, "heads", "bf16", 7)
     assert (found.change, found.dtype, found.seed, found.num_tokens, found.largest) == ("heads", "bf16", 7, 4, 2.5)
     assert found.steps == (StepMismatch(0.5, 0.75, 2, 1, False), StepMismatch(1.25, 2.5, 2, 1, True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.checkpoint.schedule import CheckpointSchedule
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import Stopped
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.trainer import save_points
 from grpo_mega.trainer.save_points import SavePoints
 
 
@@ -40,11 +43,11 @@ class Recorder:
         return self.seconds
 
 
-def points_of(recorder: Recorder, step: int = 0) -> SavePoints:
+def points_of(recorder: Recorder, step: int = 0, writer: BackgroundWriter | None = None) -> SavePoints:
     topology, one = Topology(1), recorder
     ranks = Ranks(topology, topology.coordinates(0), torch.device("cpu"))
     schedule = CheckpointSchedule(3, 30.0, last_step=5, clock=recorder)
-    points = SavePoints(ranks, one, schedule, one, PhaseTimer(), last_step=5)  # type: ignore[arg-type]
+    points = SavePoints(ranks, one, schedule, one, PhaseTimer(), 5, writer or BackgroundWriter())  # type: ignore[arg-type]
     points.start(LoopState(step=step))
     recorder.calls.clear()
     return points
@@ -115,3 +118,53 @@ def test_a_request_during_the_last_step_changes_nothing() -> None:
     recorder.code = 130
     points.after_updates(None, LoopState(step=5))  # type: ignore[arg-type]
     points.end_step(5)
+
+
+def test_a_checkpoint_is_published_when_the_files_of_its_step_are_on_disk() -> None:
+    """Step 3 is saved: its publication waits for a slow write. Other steps do not wait."""
+    recorder, go = Recorder(), threading.Event()
+    with BackgroundWriter() as writer:
+        points = points_of(recorder, writer=writer)
+        make_steps(points, 1, 1)
+        writer.submit(lambda: (go.wait(60), recorder.calls.append("written")))
+        make_steps(points, 2, 2)
+        assert recorder.calls == ["publish", "publish"]
+        threading.Timer(0.2, go.set).start()
+        make_steps(points, 3, 3)
+    assert recorder.calls == ["publish", "publish", 3, "written", "publish"]
+
+
+def test_a_requested_stop_waits_for_the_files_of_the_step_before() -> None:
+    recorder, go = Recorder(), threading.Event()
+    with BackgroundWriter() as writer:
+        points = points_of(recorder, writer=writer)
+        make_steps(points, 1, 1)
+        writer.submit(lambda: (go.wait(60), recorder.calls.append("written")))
+        recorder.code = 143
+        threading.Timer(0.2, go.set).start()
+        with pytest.raises(Stopped):
+            make_steps(points, 2, 2)
+    assert recorder.calls == ["publish", "written", 1, "wait"]
+
+
+def test_a_failed_write_ends_the_run_without_the_checkpoint() -> None:
+    def fail() -> None:
+        raise OSError("no space left on device")
+
+    recorder, writer = Recorder(), BackgroundWriter()
+    points = points_of(recorder, writer=writer)
+    make_steps(points, 1, 2)
+    writer.submit(fail)
+    with pytest.raises(OSError, match="no space left on device"):
+        make_steps(points, 3, 3)
+    assert recorder.calls == ["publish", "publish", 3], "step 3 is staged and not published"
+
+
+def test_a_failed_write_of_another_rank_ends_this_rank_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    points = points_of(recorder)
+    monkeypatch.setattr(save_points, "largest_on_all", lambda values, ranks: (6,) if len(values) == 1 else values)
+    points.after_updates(None, LoopState(step=3))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="rank 5 could not write the rollouts or the metrics"):
+        points.end_step(3)
+    assert recorder.calls == [3]

@@ -18,6 +18,7 @@ from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, Pr
 from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.config.schema import CheckpointConfig, RunConfig, TrainConfig
 from grpo_mega.data.example_dataset import Example, ExampleDataset, ExampleSet
+from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.metric_table import require_known
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
@@ -98,7 +99,7 @@ def job_of(recorder: Recorder, *, with_engine: bool = True) -> SftState:
         ExampleDataset((ExampleSet("examples", EXAMPLES),)),
         one,
         one,
-        SavePoints(ranks, one, CheckpointSchedule(3, None, last_step=4), one, timers, last_step=4),
+        SavePoints(ranks, one, CheckpointSchedule(3, None, last_step=4), one, timers, 4, BackgroundWriter()),
         timers,
         one,
         one if with_engine else None,

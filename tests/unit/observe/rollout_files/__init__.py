@@ -1,0 +1,1 @@
+"""Tests of grpo_mega/observe/rollout_files."""
