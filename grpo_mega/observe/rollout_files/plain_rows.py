@@ -1,4 +1,7 @@
-"""Rollouts as plain values, for display and for scripts. Asserted by tests/unit/observe/rollout_files/test_reader.py."""
+"""Rollouts as plain values, for display and for scripts.
+
+Asserted by tests/unit/observe/rollout_files/test_reader.py.
+"""
 
 from __future__ import annotations
 

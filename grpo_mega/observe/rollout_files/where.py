@@ -50,9 +50,9 @@ def select_rows(table: pa.Table, condition: str) -> pa.Table:
         UserError: the condition cannot be parsed, names an unknown column, or compares values of different types.
     """
     if not table.num_rows:
-        _Parser(condition, SCHEMA.empty_table()).parse()
+        _ConditionParser(condition, SCHEMA.empty_table()).parse()
         return table
-    return table.filter(_Parser(condition, table).parse())
+    return table.filter(_ConditionParser(condition, table).parse())
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Operand:
         return found
 
 
-class _Parser:
+class _ConditionParser:
     """Parser of one condition that evaluates it for all rows of a table while it parses."""
 
     def __init__(self, condition: str, table: pa.Table) -> None:

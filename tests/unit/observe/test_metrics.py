@@ -188,19 +188,19 @@ def test_the_tensorboard_package_is_imported_only_if_it_is_used(
         metrics.write(1, {})
     assert not (tmp_path / "tensorboard").exists()
     with pytest.raises(ImportError, match=r"observe\.tensorboard=true needs tensorboard"):
-        make_writer(tmp_path, tensorboard=True)
+        TensorBoardWriter(tmp_path, first_step=1)
 
 
 def test_a_line_that_does_not_fit_the_disk_is_named_by_the_next_call(tmp_path: Path) -> None:
     writer = BackgroundWriter()
     metrics = MetricsWriter(RunFolder(tmp_path), writer, first_step=7)
-    (tmp_path / "metrics.jsonl").unlink()
-    metrics._file = Path("/dev/full").open("ab", buffering=0)
-    metrics.write(7, {"reward/mean": 0.25})
-    writer.wait()
-    with pytest.raises(
-        MetricsFileError, match=r"metrics of step 7 .*/dev/full .*No space left on device.*same command"
-    ):
-        metrics.write(8, {"reward/mean": 0.25})
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        metrics._file.close()
+        metrics._file = full
+        metrics.write(7, {"reward/mean": 0.25})
+        writer.wait()
+        expected = r"metrics of step 7 .*/dev/full .*No space left on device.*same command"
+        with pytest.raises(MetricsFileError, match=expected):
+            metrics.write(8, {"reward/mean": 0.25})
     metrics.close()
     writer.close()
