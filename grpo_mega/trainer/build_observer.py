@@ -22,8 +22,8 @@ from grpo_mega.planner.hardware import device_peak_flops
 from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes
 from grpo_mega.trainer.reporter import Observer, RankObserver, RunReporter, TrainingData
-from grpo_mega.trainer.work_metrics import WorkMetrics
 from grpo_mega.trainer.rollout_parts import RolloutParts, writes_rollouts
+from grpo_mega.trainer.work_metrics import WorkMetrics
 from grpo_mega.types import Reward
 
 

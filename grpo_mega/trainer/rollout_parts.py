@@ -43,6 +43,7 @@ class RolloutParts:
 
         Raises:
             RolloutFileError: a part of an earlier step could not be written.
+            ValueError: the log-probs of a rollout do not have one entry per token.
         """
         columns = replica_columns(result, self._part)
         if self._mode == "none":
@@ -64,7 +65,11 @@ def writes_rollouts(ranks: Ranks) -> bool:
 
 
 def replica_columns(result: StepResult, replica: int) -> RolloutColumns:
-    """Return the columns of the rollouts of a step that one replica sampled, in the order of group and member."""
+    """Return the columns of the rollouts of a step that one replica sampled, in the order of group and member.
+
+    Raises:
+        ValueError: the log-probs of a rollout do not have one entry per token.
+    """
     positions = [i for i, rollout in enumerate(result.groups.rollouts) if rollout.replica == replica]
     return rollout_columns(
         result.step,

@@ -61,6 +61,7 @@ class SavePoints:
 
         Raises:
             Stopped: on every rank.
+            RuntimeError: on every rank, if rollouts or metrics of a rank cannot be written.
         """
         (stop_code,) = largest_on_all((self._stops.wanted(),), self._ranks)
         if not stop_code:
