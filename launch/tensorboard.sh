@@ -20,4 +20,5 @@ for argument in "${@:2}"; do
     case $argument in --host | --host=* | --bind_all | --bind_all=*) address=() ;; esac
 done
 # By default TensorBoard keeps 1,000 points of a curve and 10 texts.
+echo "The dashboard is the tab \"Custom Scalars\"." >&2
 exec python -m tensorboard.main --logdir "$1" "${address[@]}" --samples_per_plugin "scalars=5000,text=200" "${@:2}"
