@@ -57,7 +57,8 @@ class PolicyLoss:
         Returns:
             Loss [T], and detached tensors [T]: `ratio`; `clip_fraction` (1 where a bound of the surrogate holds);
             `entropy`; `kl` if there are `ref_log_probs`; with a correction `correction` (its factor), `masked` and
-            `vetoed`. `ratio` and `kl` are at most exp(40), so that no sum over tokens overflows.
+            `vetoed`. `clip_positive`, `clip_negative`, `masked_positive` and `masked_negative` are 1 only where the
+            advantage has that sign. `ratio` and `kl` are at most exp(40), so that no sum over tokens overflows.
 
         Raises:
             ValueError: kl_coef > 0 without `ref_log_probs`.
@@ -78,6 +79,7 @@ class PolicyLoss:
             before = masked_to_zero(microbatch.old_log_probs)
         old_log_probs = sampler_log_probs if self.old_is_sampler else before
         segments = Segments.of(microbatch)
+        signs = {"positive": advantages > 0, "negative": advantages < 0}
         log_ratio = log_probs - old_log_probs
         ratio = log_ratio.detach().clamp(max=MAX_REPORTED_LOG_RATIO).exp()
         metrics = {"ratio": torch.where(mask, ratio, 0.0), "entropy": entropy.detach()}
@@ -86,8 +88,10 @@ class PolicyLoss:
             factor, masked, vetoed = (masked_to_zero(v) for v in self.correction.factors(mismatch, segments))
             advantages = advantages * factor  # surrogates are linear in the advantage, and skip exp for 0
             metrics |= {"correction": factor, "masked": masked, "vetoed": vetoed}
+            metrics |= {f"masked_{sign}": masked * where for sign, where in signs.items()}
         objective, bounded = self.surrogate(log_probs, log_ratio, advantages, segments)
         metrics["clip_fraction"] = (bounded & mask).to(log_ratio.dtype)
+        metrics |= {f"clip_{sign}": metrics["clip_fraction"] * where for sign, where in signs.items()}
         loss = -masked_to_zero(objective)
         if microbatch.ref_log_probs is not None:
             kl = KL_ESTIMATORS[self.kl_estimator](log_probs, masked_to_zero(microbatch.ref_log_probs))

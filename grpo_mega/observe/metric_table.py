@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "reward/std": Metric(
         LEARNING, "reward deviation", "reward", "standard deviation of the rewards over all rollouts of the step"
     ),
+    "reward/p*": Metric(LEARNING, "reward", "reward", "10th, 50th and 90th percentile of the rewards"),
     "reward/accuracy": Metric(LEARNING, "accuracy", "fraction", "rollouts with the correct answer"),
     "reward/failed_fraction": Metric(
         LEARNING,
@@ -68,7 +69,7 @@ METRICS: dict[str, Metric] = {
         LEARNING, "rewards that failed", "fraction", "samples with a reward that failed", _EVALUATION
     ),
     "eval/length_mean": Metric(
-        LEARNING, "length", "tokens", "mean completion length on the held-out prompts", _EVALUATION
+        LEARNING, "held-out length", "tokens", "mean completion length on the held-out prompts", _EVALUATION
     ),
     "eval/pass_at_*": Metric(
         LEARNING, "held-out pass@k", "fraction", "probability that at least one of k samples is correct", _EVALUATION
@@ -94,8 +95,17 @@ METRICS: dict[str, Metric] = {
         POLICY, "KL coefficient", "1 / nats", "coefficient of the KL divergence in the loss or the reward"
     ),
     "train/entropy": Metric(POLICY, "entropy", "nats per token", "entropy of the policy"),
+    "train/entropy_p10": Metric(
+        POLICY, "entropy", "nats per token", "entropy below which 10 % of the tokens lie, to 8 % of its value"
+    ),
     "train/clip_fraction": Metric(
         POLICY, "clipped tokens", "fraction", "tokens for which a bound of the surrogate holds"
+    ),
+    "train/clip_positive_fraction": Metric(
+        POLICY, "clipped tokens", "fraction", "part of `train/clip_fraction` with a positive advantage"
+    ),
+    "train/clip_negative_fraction": Metric(
+        POLICY, "clipped tokens", "fraction", "part of `train/clip_fraction` with a negative advantage"
     ),
     "train/ratio_max": Metric(
         POLICY, "ratio", "ratio", "largest probability ratio of a token, policy / policy before the update"
@@ -160,6 +170,21 @@ METRICS: dict[str, Metric] = {
     ),
     "rollout/length_mean": Metric(ROLLOUTS, "length", "tokens", "mean completion length"),
     "rollout/length_max": Metric(ROLLOUTS, "length", "tokens", "longest completion"),
+    "rollout/length_p*": Metric(
+        ROLLOUTS, "length", "tokens", "10th, 50th and 90th percentile of the completion lengths"
+    ),
+    "rollout/repeated_ngram_fraction": Metric(
+        ROLLOUTS,
+        "repetition and language drift",
+        "fraction",
+        "4-grams of tokens that occurred earlier in the same completion",
+    ),
+    "rollout/other_script_fraction": Metric(
+        ROLLOUTS,
+        "repetition and language drift",
+        "fraction",
+        "letters of completions in a script, such as Han, that the prompt does not use",
+    ),
     "rollout/prompt_length_mean": Metric(ROLLOUTS, "length", "tokens", "mean prompt length"),
     "rollout/truncated_fraction": Metric(
         ROLLOUTS, "truncated", "fraction", "completions that were truncated at `sampling.max_tokens`"
@@ -186,6 +211,25 @@ METRICS: dict[str, Metric] = {
         "fraction",
         "sampled groups whose rewards are equal up to rounding: no training signal",
     ),
+    "group/all_right_fraction": Metric(
+        ROLLOUTS, "degenerate groups", "fraction", "groups in which every rollout with a reward is right"
+    ),
+    "group/all_wrong_fraction": Metric(
+        ROLLOUTS, "degenerate groups", "fraction", "groups in which no rollout with a reward is right"
+    ),
+    "group/reward_std": Metric(
+        ROLLOUTS, "deviation in a group", "reward", "standard deviation of the rewards of a group, mean over groups"
+    ),
+    "group/advantage_std": Metric(
+        ROLLOUTS, "advantages", "advantage", "standard deviation of the advantages over all rollouts of the step"
+    ),
+    "group/advantage_max": Metric(ROLLOUTS, "advantages", "advantage", "largest absolute advantage of a rollout"),
+    "group/pass_at_*": Metric(
+        LEARNING,
+        "pass@k of training groups",
+        "fraction",
+        "probability that at least one of k rollouts of a prompt is right, for k = 1, 2, 4, ... (unbiased)",
+    ),
     "group/discarded": Metric(
         ROLLOUTS,
         "discarded groups",
@@ -202,6 +246,7 @@ METRICS: dict[str, Metric] = {
     "train/mismatch_kl": Metric(
         MISMATCH, "mismatch KL", "nats per token", "KL divergence between sampler and policy for the same weights"
     ),
+    "train/mismatch_kl_max": Metric(MISMATCH, "mismatch KL", "nats per token", "largest term of `train/mismatch_kl`"),
     "train/mismatch_max": Metric(
         MISMATCH,
         "largest mismatch",
@@ -220,6 +265,12 @@ METRICS: dict[str, Metric] = {
     ),
     "train/masked_fraction": Metric(
         MISMATCH, "masked tokens", "fraction", "tokens that the correction masked", _CORRECTION
+    ),
+    "train/masked_positive_fraction": Metric(
+        MISMATCH, "masked tokens", "fraction", "part of `train/masked_fraction` with a positive advantage", _CORRECTION
+    ),
+    "train/masked_negative_fraction": Metric(
+        MISMATCH, "masked tokens", "fraction", "part of `train/masked_fraction` with a negative advantage", _CORRECTION
     ),
     "train/vetoed_fraction": Metric(
         MISMATCH, "masked tokens", "fraction", "tokens of rollouts that the veto excluded", _CORRECTION
@@ -314,6 +365,12 @@ METRICS: dict[str, Metric] = {
     "set/*/length_mean": Metric(DATA, "length per set", "tokens", "mean completion length of one training set", _SETS),
     "set/*/failed_fraction": Metric(
         DATA, "rewards that failed per set", "fraction", "rollouts of one training set with a reward that failed", _SETS
+    ),
+    "set/*/reward_p*": Metric(
+        DATA, "reward per set", "reward", "10th, 50th and 90th percentile of the rewards of one training set", _SETS
+    ),
+    "set/*/length_p*": Metric(
+        DATA, "length per set", "tokens", "10th, 50th and 90th percentile of one training set", _SETS
     ),
     "data/epoch": Metric(
         DATA, "epoch", "passes", "prompts of all steps so far / training prompts of all sets, without refills"

@@ -12,6 +12,7 @@ from grpo_mega.types import Microbatch
 _FINITE = 0.0
 _WEIGHT = "weight"
 _SUMMED = ("loss", "loss_magnitude")
+_LOWEST, _BINS_PER_DECADE, _BINS = 1e-6, 16, 118  # entropies in nats, up to 20
 
 
 class UpdateReport:
@@ -19,7 +20,8 @@ class UpdateReport:
 
     `sums["name"]` is the mean of a metric over all tokens, weighted by `token_weights` (0 if all weights are 0).
     `sums["loss"]` is the loss, the weighted sum of the token losses. `sums["loss_magnitude"]` is the weighted sum of
-    their absolute values. `maxima["name"]` is the maximum over loss tokens.
+    their absolute values. `sums["entropy_p10"]` is the entropy below which 10 % of the weight of the tokens lies, from
+    a histogram with 16 bins per decade. `maxima["name"]` is the maximum over loss tokens.
     """
 
     def __init__(self, ranks: Ranks, owner: str = "") -> None:
@@ -27,6 +29,7 @@ class UpdateReport:
         self._ranks, self._owner = ranks, owner
         self._rows: list[dict[str, Tensor]] = []
         self._maxima: list[dict[str, Tensor]] = []
+        self._entropy_bins = torch.zeros(_BINS, dtype=torch.float64, device=ranks.device)
         self._first_non_finite = -1
 
     def add(self, microbatch: Microbatch, total: Tensor, token_loss: Tensor, metrics: dict[str, Tensor]) -> None:
@@ -39,6 +42,8 @@ class UpdateReport:
         row["loss"] = total.detach()
         row["loss_magnitude"] = (token_loss.detach().abs() * weights).sum()
         self._rows.append(row)
+        if "entropy" in metrics:
+            self._entropy_bins += weight_bins(metrics["entropy"], weights)
         self._maxima.append({n: v[mask].max() if bool(mask.any()) else v.new_zeros(()) for n, v in metrics.items()})
 
     def reduce(
@@ -54,6 +59,7 @@ class UpdateReport:
             dist.broadcast_object_list(names, src=dist.get_global_rank(pp_group, pp_group.size() - 1), group=pp_group)
         device = self._ranks.device
         sums = torch.zeros(len(names[0]), dtype=torch.float64, device=device)
+        bins = self._entropy_bins
         tops = torch.full((len(names[1]) + 1,), _FINITE, dtype=torch.float64, device=device)
         for row, top in zip(self._rows, self._maxima, strict=True):
             sums += torch.stack([row[n].double() for n in names[0]])
@@ -63,10 +69,12 @@ class UpdateReport:
             tops[0] = 1 + self._first_non_finite + (1 << 20) * self._ranks.rank
         if self._ranks.is_last_stage:
             dist.all_reduce(sums, group=dp_group)
+            dist.all_reduce(bins, group=dp_group)
             dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=dp_group)
         if pp_group.size() > 1:
             last = dist.get_global_rank(pp_group, pp_group.size() - 1)
             dist.broadcast(sums, src=last, group=pp_group)
+            dist.broadcast(bins, src=last, group=pp_group)
             dist.broadcast(tops, src=last, group=pp_group)
         if tops[0] != _FINITE:
             rank, microbatch = divmod(int(tops[0]) - 1, 1 << 20)
@@ -76,4 +84,38 @@ class UpdateReport:
         found = dict(zip(names[0], sums.tolist(), strict=True))
         weight = found.pop(_WEIGHT)
         means = {n: v if n in _SUMMED else (v / weight if weight else 0.0) for n, v in found.items()}
+        if "entropy" in means:
+            means["entropy_p10"] = quantile_of_bins(bins, 0.1)
         return means, dict(zip(names[1], tops[1:].tolist(), strict=True))
+
+
+def weight_bins(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the weights of the values by the logarithm of the values, [bins] float64.
+
+    A weight is divided between the two bins beside its value, so that the result is a continuous function of the values
+    and is the same for every layout up to rounding. Values below 1e-6 are in bin 0.
+
+    Args:
+        values: [T], not negative.
+        weights: [T].
+    """
+    place = (values.double().clamp(min=_LOWEST) / _LOWEST).log10() * _BINS_PER_DECADE
+    place = place.clamp(max=_BINS - 1.001)
+    below, part = place.floor().long(), place.frac()
+    weight = weights.double()
+    found = torch.bincount(below, weight * (1 - part), minlength=_BINS)
+    return found + torch.bincount(below + 1, weight * part, minlength=_BINS)
+
+
+def quantile_of_bins(bins: Tensor, fraction: float) -> float:
+    """Return the value below which `fraction` of the weight in bins of `weight_bins` lies, to half a bin (8 %).
+
+    The value is 0 in bin 0, and if all weights are 0.
+    """
+    cumulative = bins.cumsum(0)
+    target = fraction * float(cumulative[-1])
+    at = int(torch.searchsorted(cumulative, target))
+    if at == 0 or target == 0:
+        return 0.0
+    share = (target - float(cumulative[at - 1])) / float(bins[at])
+    return float(_LOWEST * 10 ** ((at - 1 + share) / _BINS_PER_DECADE))

@@ -10,14 +10,21 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
+from typing import Any
+
+import numpy as np
 
 from grpo_mega.algorithm.kl import MAX_REPORTED_LOG_RATIO
 from grpo_mega.data.expert_records import widen_record
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.trainer.group_metrics import advantage_metrics, percentiles, rollout_metrics
 from grpo_mega.trainer.mismatch_guard import largest_mismatch, with_known
+from grpo_mega.trainer.text_metrics import repetition_sums, script_sums, text_metrics
 from grpo_mega.types import Reward, Rollout, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class StepResult:
         """
         return {
             **_rewards(self.groups, is_right),
+            **rollout_metrics(*_columns(self.groups.rollouts, is_right), self.groups.group_size),
+            **advantage_metrics(np.array(self.batch.mean_advantages)),
+            **_texts(self.groups.rollouts),
             **_sets(self.groups.rollouts, sets, is_right),
             **_lengths(self.groups, num_replicas),
             **update_metrics(self.updates),
@@ -90,6 +100,23 @@ def _rewards(groups: SampledGroups, is_right: Callable[[Reward], bool]) -> dict[
     }
 
 
+def _columns(rollouts: Sequence[Rollout], is_right: Callable[[Reward], bool]) -> tuple[Array, Array, Array]:
+    """Return reward (NaN without one), correctness and completion length of each rollout."""
+    values = [r.reward.value for r in rollouts]
+    return (
+        np.array([math.nan if value is None else value for value in values]),
+        np.array([value is not None and is_right(r.reward) for r, value in zip(rollouts, values, strict=True)]),
+        np.array([len(r.completion.token_ids) for r in rollouts], dtype=np.float64),
+    )
+
+
+def _texts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    tokens = [np.array(r.completion.token_ids, dtype=np.int64) for r in rollouts]
+    offsets = np.cumsum([0, *map(len, tokens)])
+    scripts = script_sums([r.prompt.text for r in rollouts], [r.completion.text for r in rollouts])
+    return text_metrics(repetition_sums(np.concatenate(tokens), offsets), scripts)
+
+
 def _sets(rollouts: Sequence[Rollout], sets: Sequence[str], is_right: Callable[[Reward], bool]) -> dict[str, float]:
     """Return the metrics of each training set that has rollouts in this step."""
     found: dict[str, float] = {}
@@ -105,6 +132,8 @@ def _sets(rollouts: Sequence[Rollout], sets: Sequence[str], is_right: Callable[[
             "length_mean": statistics.fmean(len(r.completion.token_ids) for r in own),
             "failed_fraction": statistics.fmean(bool(r.reward.failures) for r in own),
         }
+        columns = _columns(own, is_right)
+        numbers |= percentiles("reward_", columns[0]) | percentiles("length_", columns[2])
         found |= {f"set/{name}/{key}": value for key, value in numbers.items()}
     return found
 
@@ -150,7 +179,12 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "train/updates": float(len(updates)),
     }
     optional = {
+        "entropy_p10": "train/entropy_p10",
         "clip_fraction": "train/clip_fraction",
+        "clip_positive": "train/clip_positive_fraction",
+        "clip_negative": "train/clip_negative_fraction",
+        "masked_positive": "train/masked_positive_fraction",
+        "masked_negative": "train/masked_negative_fraction",
         "kl": "train/kl",
         "correction": "train/correction_mean",
         "masked": "train/masked_fraction",
@@ -202,7 +236,8 @@ def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float
 
     `mismatch_max` = max |m|; `mismatch_likely_max` = the same over the tokens that `guard.max_mismatch` bounds, 0 if
     there are none (mismatch_guard.py); `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of
-    KL(sampler || policy), in nats per token. There an m above 40 counts as 40, so that exp does not overflow.
+    KL(sampler || policy), in nats per token, and `mismatch_kl_max` = its largest term. There an m above 40 counts as
+    40, so that exp does not overflow.
     """
     differences = [
         old - sampled
@@ -213,6 +248,7 @@ def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float
     return {
         "train/mismatch_max": max(abs(m) for m in differences),
         "train/mismatch_likely_max": 0.0 if likely is None else likely.size,
+        "train/mismatch_kl_max": max(math.expm1(m) - m for m in (min(m, MAX_REPORTED_LOG_RATIO) for m in differences)),
         "train/mismatch_kl": statistics.fmean(
             math.expm1(m) - m for m in (min(m, MAX_REPORTED_LOG_RATIO) for m in differences)
         ),

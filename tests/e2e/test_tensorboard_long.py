@@ -27,8 +27,7 @@ pytestmark = [pytest.mark.long, needs_browser]
 # The charts of the page, and their curves: paths with more than one point.
 _CARDS = """
 const cards = found.filter(e => e.tagName == 'TF-CUSTOM-SCALAR-MULTI-LINE-CHART-CARD');
-const curves = card => [...card.shadowRoot.querySelectorAll('vz-line-chart2')]
-    .flatMap(chart => [...chart.shadowRoot.querySelectorAll('path.line')]);
+const curves = card => [...elements(card.shadowRoot)].filter(e => e.tagName == 'path' && e.classList.contains('line'));
 const is_drawn = path => (path.getAttribute('d') || '').includes('L');
 """
 

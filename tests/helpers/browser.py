@@ -85,7 +85,8 @@ class Browser:
         self._call("POST", f"{self._session}/url", {"url": url})
 
     def run(self, script: str) -> Any:
-        """Return the value that the body of a JavaScript function returns. `found` are all elements of the page."""
+        """Return the value that the body of a JavaScript function returns. `found` are all elements of the page, and
+        `elements(root)` yields those below one of them."""
         body = {"script": f"{_ALL_ELEMENTS}\n{script}", "args": []}
         return self._call("POST", f"{self._session}/execute/sync", body)
 

@@ -35,6 +35,8 @@ def test_loss_of_six_tokens_is_the_hand_computed_one() -> None:
     # A > 0: min(1.5, 1.3) * 2, and 1.25 and 0.5 stay; A < 0: 1.5 stays, min(0.75 * -2, 0.8 * -2), and 0.9 stays
     torch.testing.assert_close(loss, torch.tensor([-2.6, -2.5, -1.0, 3.0, 1.6, 1.8]), rtol=1e-6, atol=0)
     assert metrics["clip_fraction"].tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    assert metrics["clip_positive"].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert metrics["clip_negative"].tolist() == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     torch.testing.assert_close(metrics["ratio"], ratio, rtol=1e-6, atol=0)
     assert metrics["entropy"].tolist() == [1.0] * 6
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)

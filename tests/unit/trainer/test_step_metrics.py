@@ -73,6 +73,19 @@ def test_all_metrics_of_a_step_by_hand() -> None:
             "reward/dropped_fraction": 0.0,
             "reward/component/exact": 0.5,
             "reward/component/format": 1.0,
+            "reward/p10": 0.15,
+            "reward/p50": 0.5,
+            "reward/p90": 0.85,
+            "group/all_right_fraction": 0.0,
+            "group/all_wrong_fraction": 0.5,
+            "group/reward_std": math.sqrt(0.5) / 2,
+            "group/pass_at_1": 0.25,
+            "group/pass_at_2": 0.5,
+            "rollout/length_p10": 1.3,
+            "rollout/length_p50": 2.0,
+            "rollout/length_p90": 2.7,
+            "rollout/repeated_ngram_fraction": 0.0,
+            "rollout/other_script_fraction": 0.0,
             "group/degenerate_fraction": 0.75,
             "group/discarded": 2.0,
             "rollout/length_mean": 2.0,
@@ -97,6 +110,7 @@ def test_all_metrics_of_a_step_by_hand() -> None:
             "train/mismatch_max": 0.5,
             "train/mismatch_likely_max": 0.5,
             "train/mismatch_kl": k3,
+            "train/mismatch_kl_max": max(math.exp(-0.5) + 0.5 - 1, math.exp(0.25) - 0.25 - 1),
             "train/num_loss_tokens": 5.0,
             "train/unused_rollouts": 1.0,
             "time/checkpoint_wait_seconds": 0.0,
@@ -135,6 +149,9 @@ def test_rollouts_without_a_reward_are_in_no_mean_of_rewards() -> None:
         "reward/dropped_fraction": 0.5,
         "reward/component/exact": 0.5,
         "reward/component/judge": 0.375,
+        "reward/p10": pytest.approx(0.1),
+        "reward/p50": 0.5,
+        "reward/p90": pytest.approx(0.9),
         "group/degenerate_fraction": 1.0,  # both groups have one reward, and two were replaced
     }
     found = with_rewards(given, [Reward(None)] * 4, "aabb").metrics(3, lambda r: r.value == 1)
@@ -159,6 +176,10 @@ def test_each_of_several_sets_has_its_own_metrics_by_hand() -> None:
         "set/a/accuracy": 1.0,
         "set/a/length_mean": 1.5,
         "set/a/failed_fraction": 0.5,
+        **{f"set/a/reward_p{p}": 1.0 for p in (10, 50, 90)},
+        **{f"set/a/length_p{p}": pytest.approx(1 + p / 100) for p in (10, 50, 90)},
+        **{f"set/b/reward_p{p}": pytest.approx(0.25 + 0.25 * p / 100) for p in (10, 50, 90)},
+        **{f"set/b/length_p{p}": pytest.approx(2 + p / 100) for p in (10, 50, 90)},
         "set/b/rollouts": 2.0,
         "set/b/reward_mean": 0.375,
         "set/b/accuracy": 0.0,
@@ -234,7 +255,7 @@ def test_a_loss_without_a_reference_reports_no_kl() -> None:
 
 def test_mismatch_by_hand() -> None:
     rollouts = [make_rollout([-1.0, -2.0]), make_rollout([-3.0])]
-    names = ("train/mismatch_max", "train/mismatch_likely_max", "train/mismatch_kl")
+    names = ("train/mismatch_max", "train/mismatch_likely_max", "train/mismatch_kl", "train/mismatch_kl_max")
     assert mismatch(rollouts, [[-1.0, -2.0], [-3.0]]) == dict.fromkeys(names, 0.0)
     found = mismatch(rollouts, [[-1.0 + math.log(2), -2.0], [-3.0 - math.log(4)]])
     assert found["train/mismatch_max"] == pytest.approx(math.log(4), rel=1e-12)
