@@ -82,7 +82,12 @@ def _script_counts(texts: Sequence[str], num_scripts: int) -> Ints:
 
 
 def text_metrics(repetition: NDArray[np.float64], scripts: NDArray[np.float64]) -> dict[str, float]:
-    """Return the metrics from the sums of all ranks, [2] each; a fraction of nothing is 0."""
+    """Return the metrics from the sums of all ranks; a fraction of nothing is 0.
+
+    Args:
+        repetition: [2], the sum of `repetition_sums`.
+        scripts: [2], the sum of `script_sums`.
+    """
     return {
         f"rollout/{name}_fraction": float(part / whole) if whole else 0.0
         for name, (part, whole) in (("repeated_ngram", repetition), ("other_script", scripts))
