@@ -85,8 +85,8 @@ def text_metrics(repetition: NDArray[np.float64], scripts: NDArray[np.float64]) 
     """Return the metrics from the sums of all ranks; a fraction of nothing is 0.
 
     Args:
-        repetition: [2], the sum of `repetition_sums`.
-        scripts: [2], the sum of `script_sums`.
+        repetition: [K] with K = 2, the sum of `repetition_sums`.
+        scripts: [K], the sum of `script_sums`.
     """
     return {
         f"rollout/{name}_fraction": float(part / whole) if whole else 0.0
