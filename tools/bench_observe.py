@@ -33,7 +33,7 @@ BYTES_LIMIT = 100e6  # of TensorBoard, for 1,000 steps
 
 
 @dataclass(frozen=True)
-class StepTime:
+class ObservedStep:
     """Times of one step, in seconds. `observer_seconds` is the part in which the observer stopped the loop."""
 
     step: int
@@ -53,7 +53,7 @@ def counts(step: int) -> bool:
     return step > 2 * BLOCK and (step - 1) % BLOCK > 0
 
 
-def summarize(times: Sequence[StepTime], tensorboard_bytes: int) -> dict[str, Any]:
+def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str, Any]:
     """Return the result as one JSON object.
 
     Raises:
@@ -83,20 +83,20 @@ def summarize(times: Sequence[StepTime], tensorboard_bytes: int) -> dict[str, An
     }
 
 
-def measure(steps: int, folder: Path) -> list[StepTime]:
+def measure(steps: int, folder: Path) -> list[ObservedStep]:
     """Train the quickstart for `steps` steps in the run folder `folder`, and return the time of each step."""
     from grpo_mega.config.load import load_config
     from grpo_mega.parallel.ports import free_port
     from grpo_mega.parallel.stop_signal import StopRequests
     from grpo_mega.train import prepare
-    from grpo_mega.trainer import build
+    from grpo_mega.trainer import build_observer
     from grpo_mega.trainer.reporter import RunReporter
     from grpo_mega.trainer.run import run_job
     from grpo_mega.trainer.step_metrics import StepResult
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    times: list[StepTime] = []
+    times: list[ObservedStep] = []
     last = [0.0, 0.0]
 
     class AlternatingReporter(RunReporter):
@@ -107,13 +107,13 @@ def measure(steps: int, folder: Path) -> list[StepTime]:
             if is_observed(result.step):
                 super().step(result)
             now, cpu = time.perf_counter(), time.process_time()
-            times.append(StepTime(result.step, is_observed(result.step), now - last[0], cpu - last[1], now - begin))
+            times.append(ObservedStep(result.step, is_observed(result.step), now - last[0], cpu - last[1], now - begin))
             last[:] = now, cpu
 
     overrides = [f"train.steps={steps}", f"run.dir={folder}", "data.eval=null", "checkpoint.export_hf=false"]
     prepared = prepare(load_config(ROOT / "configs" / "quickstart.yaml", overrides))
     # the job builds its observer itself
-    with patch.object(build, "RunReporter", AlternatingReporter):
+    with patch.object(build_observer, "RunReporter", AlternatingReporter):
         run_job(prepared.config, prepared.topology, prepared.train_data, prepared.eval_prompts, StopRequests())
     return times
 

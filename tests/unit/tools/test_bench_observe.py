@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.bench_observe import StepTime, counts, is_observed, summarize
+from tools.bench_observe import ObservedStep, counts, is_observed, summarize
 
 
 def test_blocks_of_five_steps_alternate_and_their_first_step_does_not_count() -> None:
@@ -14,7 +14,7 @@ def test_blocks_of_five_steps_alternate_and_their_first_step_does_not_count() ->
 
 def test_the_share_is_the_cpu_time_with_everything_on_over_that_without() -> None:
     times = [
-        StepTime(
+        ObservedStep(
             step,
             is_observed(step),
             seconds=1.05 if is_observed(step) else 1.0,
@@ -33,6 +33,6 @@ def test_the_share_is_the_cpu_time_with_everything_on_over_that_without() -> Non
 
 
 def test_too_few_steps_are_an_error() -> None:
-    times = [StepTime(step, is_observed(step), 1.0, 1.0, 0.0) for step in range(1, 15)]
+    times = [ObservedStep(step, is_observed(step), 1.0, 1.0, 0.0) for step in range(1, 15)]
     with pytest.raises(ValueError, match="use at least 20"):
         summarize(times, 1)
