@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.data_sections import DataConfig
@@ -112,7 +112,10 @@ class ObserveConfig(Section):
     memory_peaks: bool = False
     """Measure the peak memory of the first rank in each phase. Without CUDA this slows the run: free memory is returned
     to the system before every phase."""
-    rollouts: Literal["all", "none"] | SampledRollouts = "all"
+    rollouts: Annotated[
+        Annotated[Literal["all", "none"], Tag("(all)")] | Annotated[SampledRollouts, Tag("(sample)")],
+        Discriminator(lambda value: "(sample)" if isinstance(value, dict | SampledRollouts) else "(all)"),
+    ] = "all"
     """Rollouts that are written to `rollouts/` of the run folder (docs/reference/rollouts.md): `all`, `none`, or
     `{sample: N}` for all rollouts of N groups of each step."""
     groups_shown: int = Field(3, ge=0)

@@ -154,6 +154,12 @@ def test_the_last_of_two_overrides_of_a_key_holds(minimal_config: Path) -> None:
         ("train.steps='3'", ["train.steps='3'", "integer"]),
         ("run.overwrite=1", ["run.overwrite=1", "boolean"]),
         ("data.train=7", ["data.train=7", "string"]),
+        ("observe.rollouts=some", ["observe.rollouts='some'", "'all' or 'none'", "use one of these"]),
+        ("observe.rollouts={sample: 0}", ["observe.rollouts.sample=0", "1"]),
+        (
+            "observe.rollouts.samples=3",
+            ["observe.rollouts.sample: this key is required", "rollouts.samples: unknown key"],
+        ),
         ("train.steps=0", ["train.steps=0", "1"]),
         ("algorithm.clip_low=1.0", ["algorithm.clip_low=1.0", "1"]),
         ("optimizer.lr=.inf", ["optimizer.lr=inf", "finite number"]),
