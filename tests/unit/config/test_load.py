@@ -158,7 +158,7 @@ def test_the_last_of_two_overrides_of_a_key_holds(minimal_config: Path) -> None:
         ("observe.rollouts={sample: 0}", ["observe.rollouts.sample=0", "1"]),
         (
             "observe.rollouts.samples=3",
-            ["observe.rollouts.sample: this key is required", "rollouts.samples: unknown key"],
+            ["observe.rollouts.sample: this key is required", "samples: unknown key"],
         ),
         ("train.steps=0", ["train.steps=0", "1"]),
         ("algorithm.clip_low=1.0", ["algorithm.clip_low=1.0", "1"]),
