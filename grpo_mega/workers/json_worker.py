@@ -26,6 +26,8 @@ import sys
 import time
 from typing import Any
 
+from grpo_mega.workers.worker_output import log_output
+
 START_SECONDS = 120.0
 """Limit for a worker to start and to import what it runs."""
 GRACE_SECONDS = 1.0
@@ -35,6 +37,7 @@ _PIECE_BYTES = 1 << 16
 _MAX_PIECES = 256  # of one read, so that a worker that never stops writing does not hold up the others
 _MAX_MESSAGE_BYTES = 1 << 28
 _SHOWN_CHARACTERS = 100  # of something that is not a message
+_OUTPUT_SECONDS = 1.0  # for the last lines of a worker that has exited
 _EXIT_SECONDS = 1.0  # from the end of the connection to the exit of the process
 
 _DROPPED_PREFIXES = ("CUDA_", "GLOO_", "LOCAL_", "MASTER_", "NCCL_", "PMI", "ROLE_", "SLURM_", "TORCH", "VLLM_")
@@ -67,6 +70,9 @@ class JsonWorker:
         self.connection, child_end = socket.socketpair()
         with child_end:
             self._process = _start(module, child_end)
+        assert self._process.stdout is not None, "the worker was started with a pipe"
+        kind = module.rpartition(".")[0].rpartition(".")[2]
+        self._output = log_output(self._process.stdout, f"{kind} worker {self._process.pid}")
         self.connection.setblocking(False)
         self.pid = self._process.pid
         self.is_alive = True
@@ -194,9 +200,11 @@ class JsonWorker:
             os.killpg(self.pid, signal.SIGKILL)
         self.connection.close()
         try:
-            return self._process.wait(_KILL_SECONDS)
+            status = self._process.wait(_KILL_SECONDS)
         except subprocess.TimeoutExpired:  # blocked inside a system call; the kernel ends it when the call returns
             return -signal.SIGKILL
+        self._output.join(_OUTPUT_SECONDS)
+        return status
 
     def exited(self) -> WorkerExitedError:
         """End a worker that cannot send more: wait for its exit if it closed its connection, kill what is left of it.
@@ -228,13 +236,14 @@ def clean_environment() -> dict[str, str]:
 def _start(module: str, connection: socket.socket) -> subprocess.Popen[bytes]:
     """Run `python -m MODULE DESCRIPTOR PARENT_PID` in its own session.
 
-    The worker's stdout goes to stderr, because stdout belongs to the parent's own output.
+    What it prints goes to the log of this process (worker_output.py), so that it cannot disturb a live display.
     """
     return subprocess.Popen(
         [sys.executable, "-P", "-m", module, str(connection.fileno()), str(os.getpid())],
         pass_fds=(connection.fileno(),),
         env=clean_environment(),
         stdin=subprocess.DEVNULL,
-        stdout=2,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
