@@ -63,7 +63,7 @@ _SCALE = re.compile(rf"[\s-]{{0,2}}({'|'.join(SCALES)})(?:s|es)?\b", re.IGNORECA
 _UNITS_IN_LATEX = "quad|qquad|degree|cent|hspace|end|checkmark|square|blacksquare|Box|newline|par|implies|R?rightarrow"
 _VARIABLE = r"(?!(?:in|oz|yr|px|pc|cc|ea)\b)(?:[bcefijnopqruvwxyz]|(?<=[0-9])(?:a|[abcefijnopqruvwxyz]{2}))(?![A-Za-z])"
 _GLUED = re.compile(
-    r"\s?(?:[\^!]|_\{?[0-9A-Za-z]|-?[\u00b2\u00b3\u00b9\u2070-\u2079]|(?<=[0-9])[ie](?![A-Za-z])|[eE][-+]?[0-9]|[-+*/\u00f7\u2013\u2014x]\s?[$\u20ac\u00a3]?\.?[0-9]"
+    r"\s?(?:[\^!]|_\{?[0-9A-Za-z]|-?[\u00b2\u00b3\u00b9\u2070-\u209c]|(?<=[0-9])[ie](?![A-Za-z])|[eE][-+]?[0-9]|[-+*/\u00f7\u2013\u2014x]\s?[$\u20ac\u00a3]?\.?[0-9]"
     rf"|[MB](?![A-Za-z])|\u03c0|pi(?![A-Zb-qs-z])|{_VARIABLE}|[\u221a-\u221c]|\\(?!(?:{_UNITS_IN_LATEX})\b)[A-Za-z])"
 )
 

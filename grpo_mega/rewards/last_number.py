@@ -37,6 +37,7 @@ _COMPOUND_BEFORE = re.compile(  # `5 hours and 30 minutes`
     r"\s*(?:,|&|\+|\band\b)?[\s$]*\Z",
     re.IGNORECASE,
 )
+_JOINED_EQUATION = re.compile(r"[0-9][^.\n0-9]{0,20}\bor\b[^.\n0-9]{0,20}=[\s$]*\Z", re.IGNORECASE)  # x = 4 or x = 5
 _DENIED = re.compile(rf"\b(?:{WORDS_BEFORE})\b|n't\b", re.IGNORECASE)
 _LABELED = re.compile(r"\b(?!(?:is|are|was|be|equals|answer|total)\b)[A-Za-z]{2,}\s+\(\s*\Z", re.IGNORECASE)
 _DIGITS = re.compile(r"[0-9][0-9.,/]*")
@@ -79,7 +80,7 @@ def last_number(text: str) -> Answer:
         return NO_ANSWER
     if is_unreadable(f"{before}0{behind}"):
         return NO_ANSWER
-    if _LIST_BEFORE.search(before) or _COMPOUND_BEFORE.search(before):
+    if _LIST_BEFORE.search(before) or _COMPOUND_BEFORE.search(before) or _JOINED_EQUATION.search(before):
         return NO_ANSWER
     if QUALIFIER.search(before) and _DIGITS.search(before):
         return NO_ANSWER  # `72 apples after 3 days`

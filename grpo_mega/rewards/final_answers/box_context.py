@@ -11,6 +11,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from grpo_mega.rewards.final_answers.alternatives import value_joined_before, value_of_same_name_before
 from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
 from grpo_mega.rewards.final_answers.hedges import is_retraction
 from grpo_mega.rewards.final_answers.words_around import text_before_changes, text_behind_changes
@@ -32,31 +33,44 @@ _LIST_MARK = re.compile(r"\s*(?:[-*+>|]\s+|\(?\w{1,3}[.)]\s+)\Z")
 _SPACE_BEFORE = re.compile(r"(?:\s|~|\\[,;:!> ])+\Z")
 _COMPLETE_BEFORE = re.compile(
     r"(?:\A|(?<![<>!])=|(?<![\d\\])[:,;.]|(?<!\\)[:,;.](?=\s)|[&`\"]|\*\*|->|=>|\u2192|\u21d2|\u2234|\u2248"
-    r"|\\(?:approx|simeq|in|equiv|implies|Rightarrow|Longrightarrow|rightarrow|to|iff|therefore|quad|qquad|lor|land"
-    r"|displaystyle|large|Large|LARGE|huge|colon|cup)|\\(?:text|mathrm|textbf)\s*\{[^{}]*\})\s*\\?\s*\Z"
+    r"|\\(?:approx|simeq|in|equiv|implies|Rightarrow|Longrightarrow|rightarrow|to|iff|therefore|quad|qquad|land"
+    r"|displaystyle|large|Large|LARGE|huge|colon)|\\(?:text|mathrm|textbf)\s*\{[^{}]*\})\s*\\?\s*\Z"
 )
 _LAYOUT_COMMAND = re.compile(
     r"(?:\\(?:text|textbf|mathrm|hspace\*?|vspace\*?|color|textcolor|bbox|begin|phantom)\s*(?:\[[^\[\]]*\]|\{[^{}]*\})"
     r"|\\(?:center|centering|hfill|noindent|par|displaystyle|large|Large|LARGE|huge|Huge))\s*(\{?)\s*\Z"
 )
-_SPACE_BEHIND = re.compile(r"(?:\s|~|\\[,;:! ])*(?:\\q?quad(?![A-Za-z]).*)?", re.DOTALL)
+_SPACE_BEHIND = re.compile(
+    r"(?:\s|~|\\[,;:! ])*(?:\\q?quad(?![A-Za-z])(?!\s*[-+]?\d)(?!.*\b(?:otherwise|else)\b).*)?", re.DOTALL
+)
+_CASES_BEFORE = re.compile(r"\\begin\{[dr]?cases\}(?!.*\\end\{)", re.DOTALL)
+_NUMBER_BEFORE = re.compile(r"\s*(-?\d{1,30})\s*=\s*\Z")
 _COMPLETE_BEHIND = re.compile(
     r"\Z|\(\s*\\text|[,;:?&`\"\u2192](?!\d)|\.(?!\d)|\*\*|->|=>|=\s*\Z|[\u2705\u2713\u2714\u25a0\u220e\u25a1]|\\(?:text|mathrm|textbf|textit)\b"
-    r"|\\(?:lor|land|cup|implies|Rightarrow|rightarrow|to|iff|tag|label|qed|end|square|blacksquare|Box|checkmark)(?![A-Za-z])"
+    r"|\\(?:implies|Rightarrow|rightarrow|to|iff)(?![A-Za-z])(?!\s*[-+]?\d)|\\(?:tag|label|qed|end|square|blacksquare|Box|checkmark)(?![A-Za-z])"
 )
 _DASH_BEHIND = re.compile(r"\s+[-\u2013\u2014]\s*\Z|\s*[|)]|\s+\(")
 _SCALE_BEHIND = re.compile(
     r"[\s$]*(?:\\text\s*\{)?\s*(hundred|thousand|million|billion|trillion|dozen)\b", re.IGNORECASE
 )
 _HEDGE_BEHIND = re.compile(
-    r"[\s$*)\]\\.,]*\b(?:or|maybe|perhaps|possibly|alternatively)\b,?[^.\n$\d-]{0,20}?(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
+    r"(?:[\s$*)\](\[\\.,]|\\q?quad(?![A-Za-z])|\\[;:!]|\\text\s*\{)*"
+    r"(?:\b(?:or|maybe|perhaps|possibly|alternatively|otherwise|else)\b|(?<=\\)(?:lor|vee|cup)(?![A-Za-z])),?[^.\n$\d-]{0,20}?(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
     re.IGNORECASE,
 )
 _UNIT_BEHIND = re.compile(
     r"\s*(?:\\[,;: !]|~)*\s*(\\(?:text|mathrm|textrm|mbox|operatorname)\s*\{[^{}]*\}(?:\s*\^\s*(?:\{-?\d\}|\d))?"
     r"|\\?%|\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*\\?(?:text|mathrm)\{[CF]\}|\s*[CF]\b)?|\u00b0|\\degree)\s*[.,]?\s*\Z"
 )
-_WORDS_BEHIND = re.compile(r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|textrm|mbox|textbf)\s*\{([^{}]*)\}")
+_WORDS_BEHIND = re.compile(
+    r"(?:\\[,;: ]|~|\s|\\q?quad(?![A-Za-z]))*\\(?:text|mathrm|textrm|mbox|textbf)\s*\{([^{}]*)\}"
+)
+_UNION_BEFORE = re.compile(r"(?:\\(?:cup|lor|vee)|\u222a|\u2228)\s*\Z")
+_UNION_BEHIND = re.compile(r"(?:\s|\\[,;: ])*(?:\\(?:cup|lor|vee)(?![A-Za-z])|\u222a|\u2228)")
+_LIST_BEHIND = re.compile(
+    r"\s*[,;]\s*(?:\\[,;: ]|\s)*[-+]?(?:\d|\\[dt]?frac|\\sqrt|\\pi(?![A-Za-z]))(?:(?!\\[lg]e|\\in|\\ne|[<>=]).)*\Z",
+    re.DOTALL,
+)
 _ANY_TAG = re.compile(r"</?[A-Za-z]\w*\s?/?>")
 _TAG = re.compile(r"\s*</?[A-Za-z]\w*>")
 _TAG_BEFORE = re.compile(r"<[A-Za-z]\w{0,20}>\s*\Z")
@@ -77,7 +91,8 @@ _OPERAND_BEFORE = re.compile(
     r"[\s$*:({\[]*\Z"
     r"|\b(?:not true that|false that[^.\n]*|between [^.\n]{1,40} and)[\s$*:({\[]*\Z"
     r"|\b(?:if|suppose|assume)\b[^.\n]{0,40}\Z"
-    r"|(?:[-+\u2212\u221a^/<\u2260\u2264\u2265]|(?<=[\w)}]\s)>)\s*\$\s*\Z|(?<![\d.\\])\d+\$\s*\Z",
+    r"|(?:[-+\u2212\u221a^/<\u2260\u2264\u2265]|(?<=[\w)}]\s)>)\s*\$\s*\Z|(?<=[A-Za-z][A-Za-z] )>\s*\Z"
+    r"|(?<![\d.\\])\d+\$\s*\Z",
     re.IGNORECASE,
 )
 _OPERAND_BEHIND = re.compile(
@@ -124,8 +139,11 @@ def boxed_answers(text: str, *, may_be_retracted: bool = True) -> list[BoxedAnsw
         box = boxes[k]
         start = boxes[k - 1].end if k else 0
         answers.append(read_box(text, start, box.start, box.end, box.content or ""))
+        other = value_of_same_name_before(text[start : box.start])
+        if other is not None:
+            answers.append(BoxedAnswer(box.start, box.start, other))
         hedge = _HEDGE_BEHIND.match(text, box.end, box.end + _MOST_CHARACTERS)
-        if hedge is not None and _BOX_COMMAND.search(hedge[1]) is None:
+        if hedge is not None and not answers[-1].is_part and _BOX_COMMAND.search(hedge[1]) is None:
             answers.append(BoxedAnswer(hedge.start(1), hedge.end(1), hedge[1]))
     return answers
 
@@ -151,8 +169,13 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
     around = _surroundings(text, previous_end, start, end)
     if _words_change(text, previous_end, around, content):
         return nothing
+    joined = value_joined_before(window)
+    if joined is not None:
+        return answer._replace(text=f"{joined} and {content}", is_part=True)
     before, behind = _without_wrapper(around.before, around.behind)
     is_formula = around.is_formula
+    if is_formula and "=" not in before and _CASES_BEFORE.search(text[around.start : start]) is not None:
+        return nothing
     currency = _CURRENCY_BEFORE.search(before)
     if currency is not None:
         before, content = before[: currency.start(1)], currency[1] + content
@@ -162,6 +185,8 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
     trimmed = _SPACE_BEFORE.sub("", before)
     is_complete = _COMPLETE_BEFORE.search(trimmed) is not None or _COMPLETE_BEFORE.search(before) is not None
     has_left = not is_complete and not (not is_formula and _is_separate(before))
+    is_other_root = label is not None and _UNION_BEFORE.search(before[: label.start() + 1]) is not None
+    has_left = has_left or is_other_root  # x = 3 \lor x = \boxed{4}
     if _MODULUS.match(behind) is not None and not has_left:
         return answer if _CONGRUENCE.search(before) is not None else answer._replace(text=f"{content} {behind}")
     unit = _UNIT_BEHIND.match(behind)
@@ -171,6 +196,11 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
             return answer._replace(text=f"{content} {unit[1]}")
         words = _WORDS_BEHIND.match(unit[1])
         return nothing if words is not None and text_behind_changes(f" {words[1].strip()}", None) else answer
+    equal = _NUMBER_BEFORE.fullmatch(before) if is_formula else None
+    if equal is not None:
+        return answer._replace(text=f"{equal[1]} = {content}")  # 5 = \boxed{4}
+    if is_formula and _LIST_BEHIND.match(behind) is not None:
+        return answer._replace(text=f"{content} {behind}", is_part=True)  # \boxed{4}, 5
     words = _WORDS_BEHIND.match(behind)
     if words is not None and (_CHOICE.search(words[1]) or words[1].endswith("of ")) and behind[words.end() :].strip():
         return answer._replace(text=f"{content} {behind}")  # \boxed{5} \text{ or } 6
@@ -182,7 +212,11 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
         return answer
     if (before[-1:].isdigit() and has_left) or (has_right and re.match(r"\.?\d", behind)):
         return answer._replace(text="", is_part=True)  # 1\boxed{5}, \boxed{5}.5
-    formula = f"{before if has_left else ''}({content}){behind if has_right else ''}"
+    is_joined = (
+        is_other_root or (has_left and _UNION_BEFORE.search(before)) or (has_right and _UNION_BEHIND.match(behind))
+    )
+    inner = content if is_joined else f"({content})"
+    formula = f"{before if has_left else ''}{inner}{behind if has_right else ''}"
     return answer._replace(text=formula.strip(), label="", is_part=True)
 
 

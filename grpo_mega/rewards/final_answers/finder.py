@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from grpo_mega.rewards.final_answers.alternatives import offers_other_value_behind
 from grpo_mega.rewards.final_answers.answer_boxes import BOXED_START
 from grpo_mega.rewards.final_answers.box_context import BoxedAnswer, boxed_answers
 from grpo_mega.rewards.final_answers.hedges import (
@@ -89,6 +90,7 @@ def _boxes(text: str, may_be_retracted: bool) -> FinalAnswer | None:
     start, end = boxes[0].start, boxes[-1].end
     behind = [*_marked_values(text), *statements_behind(text, end)]
     is_vague = has_hedge_around(text, start, end) or is_denied_behind(text, end)
+    is_vague = is_vague or offers_other_value_behind(text, end, [box.text for box in boxes])
     return FinalAnswer("boxes", boxes=tuple(boxes), readings=tuple(behind), is_vague=is_vague)
 
 
@@ -106,6 +108,7 @@ def _lines(text: str) -> FinalAnswer | None:
     behind = statements_behind(text, end)
     is_vague = has_hedge_around(text, start, end) or is_denied_behind(text, end)
     is_vague = is_vague or any(is_denied_before(text, line.start) for line in lines)
+    is_vague = is_vague or offers_other_value_behind(text, end, [line.text for line in lines])
     return FinalAnswer("markers", tuple(boxes), tuple(lines), tuple(behind), is_vague)
 
 

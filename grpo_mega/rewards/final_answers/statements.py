@@ -19,7 +19,9 @@ _MAX_STATEMENTS = 20
 _FORMULA = r"\$\$.*?\$\$|\$[^$]+\$|\\\[.*?\\\]|\\\(.*?\\\)"
 _SENTENCE = re.compile(rf"(?:{_FORMULA}|[^\n.!?]|[.!?](?=\S)|(?<=\d)[!?])+", re.DOTALL)
 _NEXT_QUESTION = re.compile(r"\n[^\w\n]*(?:Q|Question|Problem|User|Human|Instruction)\b", re.IGNORECASE)
-_ANSWER_PHRASE = re.compile(r"(?<!/)\banswers?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
+_ANSWER_PHRASE = re.compile(
+    r"(?<!/)\banswers?(?:\s[A-Z0-9]\b)?[\s*_]{0,5}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE
+)
 _RESULT_PHRASE = re.compile(
     r"\b(?:solution|result|option|choice)s?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE
 )

@@ -93,12 +93,15 @@ _DIRECTLY_BEHIND = re.compile(
     r"|raised|factorial|squared|cubed|sqrt|root|log|ln|to the|power|times(?=\s*[0-9(]|\s+[b-z]\b))\b"
     r"|\s*(?:of|and|or|to|by|from|with|without|per|every|not|no|never)\W*\Z"
     r"|\s*\?|\s*\((?:no|not|wrong|false)\b"
+    r"|\s+is (?:only |just )?(?:one of\b|what\b|an?\s+(?:lower|upper|loose|naive|common|typical|rough|wrong)\b)"
+    r"|\s*,?\s*(?:but\b(?! not)|for (?:instance|example)\b|fails?\b"
+    r"|and (?:up|above|below|over|under|more|less)(?=\W*\Z|[.,;]))|\s?%\s*[%\u2030\u2031]"
     r"|\s*R\s?[0-9]"
     r"|\s*(?:[^\W\d]|\s|[-,(])*[0-9]+(?:ths|rds|nds)\b|\s*(?:in|percent|per cent|pct) (?:of|binary|octal|hex\w*|base)\b"
     r"|\s?(?:bn|mln|mn|mil|mille|mila"
     r"|tausend|\u0442\u044b\u0441\w*|\u043c\u043b\u043d|tens|ppm|ppb|bps|basis points?|pairs of)\b"
-    r"|\s?\u2030"
-    r"|\s*[-\[({]\s*(?:no|not|wrong|false)\b"
+    r"|\s?[\u2030\u2031]"
+    r"|\s*[-\[({]\s*(?:no|not|wrong|false|negative)\b"
     r"|\s*parts? (?:of|out)\b|\s*[\u221e\u2213\u2080-\u2089\u2215\u2219\u00b7\u2022]"
     r"|\((?![^()]*[A-Za-z]{2})(?=[^()\s])"
     r"|\s*[-+\u2013\u2014*/^<>=\u00f7\u00d7]+[^\w]*\Z"
@@ -149,7 +152,12 @@ _FILLERS = r"[^\w\\]*(?:(?:the|an?|of|be|equal(?: to)?)\b[^\w\\]*){0,2}\Z"
 _WORD_BEFORE = re.compile(rf"(?:\b(?:{WORDS_DIRECTLY_BEFORE})\b|n't\b){_FILLERS}", re.IGNORECASE)
 _CHANGE_BEFORE = re.compile(rf"(?:\b(?:{WORDS_BEFORE}|{_DOUBT_BEFORE})\b|n't\b){_FILLERS}", re.IGNORECASE)
 _BOUND_OR_LIST = re.compile(r"\bat (?:least|most)\b|\b(?:either|or)\b|\bno\s*[,.:!;]", re.IGNORECASE)
-_DENIED_CLAUSE = re.compile(r"\b(?:by no means|no ?body|no one|never)\b[^.,;\n]*\Z", re.IGNORECASE)
+_DENIED_CLAUSE = re.compile(
+    r"\b(?:by no means|no ?body|no one|never|wrong|incorrect|naive(?:ly)?|mistaken(?:ly)?)\b[^.,;\n]*\Z"
+    r"|\b(?:for example|for instance|e\.g)\b[.,:\s$]*\Z"
+    r"|\b(?:do|does|did|should|must)(?: not|n't)\s+\w+[\s$*:({]*\Z",
+    re.IGNORECASE,
+)
 _WHEN = re.compile(r"\bwhen(?!\w)", re.IGNORECASE)
 _DOTS_BEHIND = re.compile(r"[\s$*)]*(?:\.\s?\.|\u2026|\\[lc]?dots(?![A-Za-z]))")
 _NOTHING_BEHIND = re.compile(r"(?:[\s$]|\\[\])])*\.?(?:[\s$]|\\[\])])*")  # most boxes end their text

@@ -24,6 +24,8 @@ from grpo_mega.rewards.math_answers.units import read_unit
 
 _PERCENT = frozenset((("percent", 1),))
 _HUNDREDTH = Expression("number", (1, 1, -2))
+_ALL_REAL_NUMBERS = ("all", "real", "numbers"), ("all", "reals")
+_REAL_LINE = MathAnswer("scalar", (Expression("symbol", (r"\bb{R}",)),))
 _NOTHING = ("no", "solution"), ("no", "solutions")
 
 
@@ -79,6 +81,8 @@ def _values_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
             return agree(one.parts[0][0], other)
         if one.kind == "words" and (other == MathAnswer("set", ((),)) or _is_empty_symbol(other)):
             return one.parts in _NOTHING
+        if one.kind == "words" and one.parts in _ALL_REAL_NUMBERS:
+            return read_region(other) == read_region(_REAL_LINE)
         if one == MathAnswer("set", ((),)) and _is_empty_symbol(other):
             return True
         if one.kind == "words" and len(one.parts) == 1 and all(token.kind == "symbol" for token in other.tokens):

@@ -35,6 +35,9 @@ class Token(NamedTuple):
 
 _NAME_OF_CAPITALS = 3  # from this length on, a run of capital letters is one name: `ABC` is not `BAC`
 _LONGEST_PRODUCT = 4  # a longer run of letters is a word: `abcd` is a product, `apples` is a word
+_WORDS_OR_PRODUCTS = frozenset(("at", "by", "is", "to", "so"))
+_OPERATORS_BEFORE = frozenset("+-*/^({")
+_OPERATORS_BEHIND = frozenset("^_+*/")
 _SUPERSCRIPTS = {"⁰": "0", "¹": "1", "²": "2", "³": "3", "⁴": "4", "⁵": "5", "⁶": "6", "⁷": "7", "⁸": "8", "⁹": "9"}
 _SUPERSCRIPTS |= {"⁻": "-", "⁺": "+", "ⁿ": "n", "ˣ": "x"}
 _SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
@@ -187,11 +190,19 @@ class _Tokenizer:
             self._add(*PLAIN_NAMES[letters])
         elif len(letters) >= _NAME_OF_CAPITALS and letters.isupper():
             self._add("symbol", letters)
-        elif len(letters) > 1 and (lower in WORDS or len(letters) > _LONGEST_PRODUCT):
+        elif len(letters) > _LONGEST_PRODUCT or (len(letters) > 1 and lower in WORDS and not self._is_product(letters)):
             self._add("word", letters)
         else:
             for letter in letters:
                 self._add("symbol", letter)
+
+    def _is_product(self, letters: str) -> bool:
+        r"""Return True for letters like `at` that an operator touches: `at^2`, `ax+by`."""
+        start = self.position - len(letters)
+        return letters in _WORDS_OR_PRODUCTS and (
+            self.text[max(0, start - 1) : start] in _OPERATORS_BEFORE
+            or self.text[self.position : self.position + 1] in _OPERATORS_BEHIND
+        )
 
     def _read_command(self) -> None:
         command = self._take(_COMMAND)

@@ -34,6 +34,9 @@ KNOWN_FALSE_NEGATIVES = [
     (r"\boxed{\frac{1}{\sqrt6}}", r"\frac{NO}{BO}=\frac{1}{\sqrt{6}}"),
     (r"\boxed{\mathbf{x}}", "x"),
     ("So $f(3) = 7$.", "7"),
+    (r"\boxed{4}!", "4"),
+    (r"\boxed{0.5} or equivalently \frac{1}{2}", "0.5"),
+    (r"The answer is $\boxed{\text{A}}$ (4 apples).", "A"),
 ]
 
 
