@@ -22,8 +22,8 @@ PIECES = (
     *("\\text{", "<", "<<", "<!--", "<s>", "<del>", "~~", "~", "!", "...", "\u2026", "\u0663", "\u00bd", "\uff17"),
     *("\u4e07", "\U0001f600", "or ", "one ", "the answer is ", "The answer is \\[", "The answer is $", "Answer: 5 "),
     *("wait, ", "#### ", "#### 5\n", "\\boxed{", "\\boxed{5} ", "\\boxed5 ", "```\n", "~~~", "<think>", "</think>"),
-    *("x = 3, x = \\boxed{5} ", "$\\begin{cases}\\boxed{5} ", "answer **", "; 5 also", "; 5 for", "\n!", "7 and \\boxed{5}"),
-    *("<answer>", "\n", " ", "\\", "&", "%", "1/", "-", "+", "*", "=", "5 or ", "1\u0336"),
+    *("x = 3, x = \\boxed{5} ", "$\\begin{cases}\\boxed{5} ", "answer **", "; 5 also", "; 5 for", "\n!"),
+    *("7 and \\boxed{5}", "<answer>", "\n", " ", "\\", "&", "%", "1/", "-", "+", "*", "=", "5 or ", "1\u0336"),
 )
 WORST = (
     "<!--",
