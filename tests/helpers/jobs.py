@@ -121,5 +121,6 @@ def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics.jsonl without the values that depend on time."""
-    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/", "host/", "wall_time")
+    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/", "host/", "gpu/", "rank/")
+    timed += ("wall_time", "rollout/last_answers_fraction")
     return {name: value for name, value in line.items() if not name.startswith(timed)}

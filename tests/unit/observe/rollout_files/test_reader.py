@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from grpo_mega.observe.rollout_files import part_writer
+from grpo_mega.observe.rollout_files.column_table import SCHEMA
 from grpo_mega.observe.rollout_files.part_writer import write_part
 from grpo_mega.observe.rollout_files.reader import read_rows, read_step, steps_of
 from grpo_mega.types import UserError
@@ -37,17 +39,22 @@ def test_a_damaged_part_is_named_and_the_others_are_read(tmp_path: Path) -> None
             read_rows(folder)
 
 
-def test_every_flipped_bit_of_the_values_is_found(tmp_path: Path) -> None:
-    """Each page has a checksum; the footer and the headers of pages have none, and are a small part of a file."""
-    folder = write_step(tmp_path, 12, [{"completion": f"text {i}" * 50} for i in range(50)])
+def test_a_flipped_bit_that_zstd_does_not_notice_is_found(tmp_path: Path) -> None:
+    """The mantissas of log-probs are stored as they are: only the checksum of the page differs."""
+    rng = np.random.default_rng(0)
+    values = np.log(rng.uniform(1e-3, 1.0, 4000)).astype(np.float32).tolist()
+    tokens = {"completion_ids": [7] * 4000, "old_log_probs": None}
+    folder = write_step(tmp_path, 12, [tokens | {"sampler_log_probs": values}])
     path = folder / "part-00000.parquet"
     whole = path.read_bytes()
-    column = pq.ParquetFile(path).metadata.row_group(0).column(6)
-    assert column.path_in_schema == "completion"
-    end = column.data_page_offset + column.total_compressed_size
-    for position in (end - 1, end - 40):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        assert len(read_step(folder).problems) == 1
+    column = pq.ParquetFile(path).metadata.row_group(0).column(SCHEMA.names.index("sampler_log_probs") + 1)
+    assert column.path_in_schema == "sampler_log_probs.list.element"
+    position = column.data_page_offset + column.total_compressed_size // 3
+    path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    unnoticed = pq.ParquetFile(path, page_checksum_verification=False).read()
+    assert sum(a != b for a, b in zip(unnoticed["sampler_log_probs"][0].as_py(), values, strict=True)) == 1
+    (problem,) = read_step(folder).problems
+    assert "part-00000.parquet is damaged" in problem
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
