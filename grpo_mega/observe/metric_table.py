@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from grpo_mega.observe.hardware.metric_rows import MACHINE_METRICS
 from grpo_mega.observe.metric_row import (
@@ -322,6 +323,7 @@ HISTOGRAMS: dict[str, tuple[str, str]] = {
 """Name of a TensorBoard histogram -> unit and meaning. Each exists in every step with rollouts."""
 
 
+@lru_cache(maxsize=4096)
 def metric_of(name: str) -> Metric | None:
     """Return the row of a metric, or None for a name that is not in the table."""
     if name in METRICS:
