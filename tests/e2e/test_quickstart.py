@@ -178,12 +178,12 @@ def test_tensorboard_reads_the_curves_and_shows_rollouts(quickstart: Run, lines:
         points = {event.step: event.value for event in events.Scalars(name)}
         assert points == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-5)
     assert [event.step for event in events.Scalars("eval/accuracy")] == [0, QUICKSTART_STEPS]
-    (first, *others) = events.Tensors("rollouts/0/text_summary")
+    (first, *others) = events.Tensors("groups/0/text_summary")
     assert len(others) == QUICKSTART_STEPS - 1
     text = first.tensor_proto.string_val[0].decode()
-    assert "reward **1**" in text
+    assert "reward 1, advantage" in text
     assert any(
-        f"```\n{row['prompt']}\n```\n\ncompletion\n\n```\n{row['completion']}\n```" in text
+        f"<pre>{row['prompt']}</pre>" in text and f"<pre>{row['completion']}</pre>" in text
         for row in rollouts_of(quickstart.folder, 1)
     )
 
