@@ -78,7 +78,8 @@ class ScoringRow:
     @property
     def description(self) -> str:
         """The row in one line, for a message: data set, index, and the ends of its texts."""
-        place = f"row {self.index} of data set {self.dataset}" if self.index is not None else "a row"
+        place = f"row {self.index}" if self.index is not None else "a row"
+        place += f" of data set {self.dataset}" if self.dataset else ""
         texts = (f"{name}={_tail(getattr(self, name))}" for name in TEXTS)
         return f"{place}, {', '.join(texts)}"
 

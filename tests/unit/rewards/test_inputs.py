@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,9 @@ def test_a_parameter_that_is_neither_an_input_nor_an_argument_is_an_error_before
 def test_the_columns_of_the_data_are_loaded_only_for_a_reward_that_reads_them() -> None:
     assert not needs_fields(build_rewards([RewardTerm(name="gsm8k"), RewardTerm(name="input_rewards:two")]))
     assert needs_fields(build_rewards([RewardTerm(name="gsm8k"), RewardTerm(name="input_rewards:everything")]))
+
+
+def test_a_description_names_the_row_and_its_data_set_if_there_is_one() -> None:
+    assert ROW.description.startswith("row 17 of data set sums, prompt=")
+    assert replace(ROW, dataset="").description.startswith("row 17, prompt=")
+    assert replace(ROW, index=None, dataset="").description.startswith("a row, prompt=")
