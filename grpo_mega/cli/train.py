@@ -35,4 +35,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rest or "=" in rest[0]:
         rest.insert(0, "quickstart")
     set_process_environment()
-    return launch([str(Path(sys.executable).with_name(SCRIPT)), *rest, "--restarts", str(restarts)])
+    again = ["--restarts", str(restarts)] if restarts else []
+    return launch([str(Path(sys.executable).with_name(SCRIPT)), *rest, *again])

@@ -10,6 +10,7 @@ Asserted by tests/unit/parallel/test_heartbeat.py.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import mmap
@@ -33,6 +34,7 @@ _NUMBERS = struct.Struct("<qqqqq")  # process, step, entered phases, start of th
 _PHASE_AT, _PHASE_BYTES = 64, 64
 _GROUPS_AT = 128
 _SAMPLE_SECONDS = 0.5
+_STOP_SECONDS = 2.0
 _START = "start"
 
 
@@ -97,7 +99,16 @@ class RankHeartbeat:
         self._start = local_rank * _SLOT_BYTES
         self._phase_started = time.monotonic_ns()
         self.phase(_START)
-        threading.Thread(target=self._sample, name="heartbeat", daemon=True).start()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="heartbeat", daemon=True)
+        self._thread.start()
+        # a thread that is inside of a library of C++ while Python exits would abort the process
+        atexit.register(self._stop)
+
+    def _stop(self) -> None:
+        """End the thread, before Python exits."""
+        self._stopping.set()
+        self._thread.join(_STOP_SECONDS)
 
     def phase(self, name: str) -> None:
         """Write that this rank enters a phase, or resumes it after a nested one."""
@@ -127,13 +138,12 @@ class RankHeartbeat:
     def _sample(self) -> None:
         assert self._memory is not None, "a rank without a folder samples nothing"
         at, size, last = self._start + _GROUPS_AT, _SLOT_BYTES - _GROUPS_AT, b""
-        while True:
+        while not self._stopping.wait(_SAMPLE_SECONDS):
             groups = json.dumps(_collectives()).encode()[: size - 1]
             if groups != last:
                 self._memory[at : at + size] = groups.ljust(size, b"\0")
                 last = groups
             self._write()
-            time.sleep(_SAMPLE_SECONDS)
 
 
 def _collectives() -> dict[str, int]:

@@ -21,6 +21,7 @@ from grpo_mega.workers import json_worker
 
 _START_ATTEMPTS = 3
 _POLL_SECONDS = 0.25
+_SIGNALS_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # a reward that fails ends in other ways
 _COALESCE_SECONDS = 0.002
 
 
@@ -148,8 +149,12 @@ class ScoringThread:
 
     def _check_limits(self, process: RewardProcess) -> None:
         if process.is_overdue(self._timeout_seconds):
+            is_stopped = process.worker.is_stopped()
             process.worker.kill()
-            self._replace(process, "timed out", "")
+            self._replace(process, "timed out", "", from_outside=is_stopped)
+        elif not process.worker.is_ready and process.worker.is_stopped():
+            process.worker.kill()
+            self._replace(process, "timed out", "because they were stopped", from_outside=True)
         elif not process.worker.is_ready and time.monotonic() - process.worker.started > json_worker.START_SECONDS:
             raise RuntimeError(f"a reward worker was not ready within {json_worker.START_SECONDS:g} s")
 
@@ -174,10 +179,16 @@ class ScoringThread:
             self._queue.report_ready_worker()
         if not is_open:
             ended = process.worker.exited()
-            self._replace(process, "timed out" if ended.status == -signal.SIGALRM else "crashed", ended.reason)
+            reason: FailureKind = "timed out" if ended.status == -signal.SIGALRM else "crashed"
+            from_outside = -ended.status in _SIGNALS_FROM_OUTSIDE and process.worker.invalid_message is None
+            self._replace(process, reason, ended.reason, from_outside=from_outside)
 
-    def _replace(self, process: RewardProcess, kind: FailureKind, detail: str) -> None:
-        """Replace a dead worker. Its current scoring has failed; its other jobs return to the front of the queue."""
+    def _replace(self, process: RewardProcess, kind: FailureKind, detail: str, *, from_outside: bool) -> None:
+        """Replace a dead worker. Its current scoring has failed; its other jobs return to the front of the queue.
+
+        If another program killed or stopped the worker, the scoring is made again, once: its reward may be killed for
+        the memory that it takes, each time.
+        """
         self._selector.unregister(process.worker.connection)
         self._processes.remove(process)
         if not process.worker.is_ready:
@@ -185,7 +196,10 @@ class ScoringThread:
             if self._num_failed_starts >= _START_ATTEMPTS:
                 raise RuntimeError(f"{_START_ATTEMPTS} reward workers in a row exited during their start, {detail}")
         unfinished = [job for _, job in process.in_flight]
-        if unfinished:
+        first = unfinished[0] if unfinished else None
+        if first is not None and from_outside and first.remaining[0] not in first.repeated:
+            first.repeated.add(first.remaining[0])
+        elif first is not None:
             self._failures.fail(unfinished[0], unfinished[0].remaining[0], kind, detail)
             if not unfinished[0].remaining:
                 self._queue.finish(unfinished.pop(0))

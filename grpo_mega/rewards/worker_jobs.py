@@ -22,13 +22,17 @@ _PREFETCH_SECONDS = 0.02
 
 @dataclass
 class ScoringJob:
-    """One completion to score; `remaining` holds the positions of the terms that have no value yet."""
+    """One completion to score; `remaining` holds the positions of the terms that have no value yet.
+
+    `repeated`: positions whose scoring was started again, because another program had killed or stopped its worker.
+    """
 
     key: int
     row: ScoringRow
     remaining: list[int]
     components: dict[int, Value] = field(default_factory=dict)
     failures: set[int] = field(default_factory=set)
+    repeated: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from grpo_mega.workers.worker_output import log_output
@@ -205,6 +206,14 @@ class JsonWorker:
             return -signal.SIGKILL
         self._output.join(_OUTPUT_SECONDS)
         return status
+
+    def is_stopped(self) -> bool:
+        """Return True if SIGSTOP or a debugger has stopped the process; on other systems than Linux always False."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] in "Tt"
 
     def exited(self) -> WorkerExitedError:
         """End a worker that cannot send more: wait for its exit if it closed its connection, kill what is left of it.

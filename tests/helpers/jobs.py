@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from grpo_mega.cli.chaos_run import depends_on_time
 from grpo_mega.observe.rollout_files.reader import read_rows
 from grpo_mega.observe.run_folder import RunFolder
 
@@ -121,6 +122,4 @@ def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics.jsonl without the values that depend on time."""
-    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/", "host/", "gpu/", "rank/")
-    timed += ("wall_time", "rollout/last_answers_fraction")
-    return {name: value for name, value in line.items() if not name.startswith(timed)}
+    return {name: value for name, value in line.items() if not depends_on_time(name)}

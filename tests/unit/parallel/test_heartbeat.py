@@ -14,6 +14,7 @@ import pytest
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel import heartbeat
 from grpo_mega.parallel.heartbeat import Beat, RankHeartbeat, make_heartbeats, read_beats
+from grpo_mega.parallel.ports import free_port
 
 RANK = """
 import os, sys, time
@@ -68,8 +69,6 @@ def test_phases_steps_and_counters_of_a_rank_are_read_from_the_file(tmp_path: Pa
 @pytest.mark.timeout(120)
 def test_collectives_and_stacks_of_ranks_that_wait_in_gloo_or_are_stopped(tmp_path: Path) -> None:
     make_heartbeats(tmp_path, 2)
-    from grpo_mega.parallel.ports import free_port
-
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env = {**os.environ, **shared, heartbeat.FOLDER_VARIABLE: str(tmp_path)}
     ranks = [
@@ -110,3 +109,23 @@ def test_a_slot_that_is_being_written_is_read_without_collectives(tmp_path: Path
     (tmp_path / "copy" / "heartbeats").write_bytes(content)
     (found,) = read_beats(tmp_path / "copy")
     assert (found.phase, found.collectives) == ("sync", {})
+
+
+EXITING = """
+import atexit, os, sys, threading
+def check():
+    if any(thread.name == "heartbeat" for thread in threading.enumerate()):
+        os._exit(1)
+atexit.register(check)  # functions that are registered later run earlier
+from grpo_mega.parallel import heartbeat
+beat = heartbeat.heartbeat_of_this_rank()
+assert any(thread.name == "heartbeat" for thread in threading.enumerate())
+"""
+
+
+def test_the_thread_has_stopped_when_python_exits(tmp_path: Path) -> None:
+    """In a library of C++ at that moment it would abort the process: terminate called without an active exception."""
+    make_heartbeats(tmp_path, 1)
+    env = {**os.environ, "LOCAL_RANK": "0", heartbeat.FOLDER_VARIABLE: str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", EXITING], env=env, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -311,6 +311,24 @@ def test_a_worker_that_is_killed_while_idle_is_replaced_without_a_failure() -> N
         assert pool.collect()[0].failures == ()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
+def test_a_scoring_whose_worker_another_program_ends_is_made_again_once(number: signal.Signals) -> None:
+    with RewardPool([OBEY], workers=1, timeout_seconds=2.0) as pool:
+        for times in (1, 2):
+            for key, text in enumerate(["sleep 1", "fine"]):
+                pool.submit(key, "", text, "")
+            disturbed: set[int] = set()
+            for _ in range(times):
+                assert wait_until(lambda seen=disturbed: set(pool.worker_pids) - seen != set())  # type: ignore[misc]
+                (pid,) = pool.worker_pids
+                disturbed.add(pid)
+                time.sleep(0.6)  # it has started, and is in the scoring
+                os.kill(pid, number)
+            found = pool.collect()
+            assert found[0].failures == (() if times == 1 else ("obey",)), times
+            assert (found[0].value, found[1].value) == (1.0 if times == 1 else -0.5, 1.0)
+
+
 def test_a_wrong_term_is_rejected_before_a_worker_starts() -> None:
     with pytest.raises(UserError, match="did you mean 'exact'"):
         RewardPool([RewardTerm(name="exakt")], workers=1, timeout_seconds=1.0)
