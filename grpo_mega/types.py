@@ -6,13 +6,14 @@ Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-pa
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-if TYPE_CHECKING:  # config and the launcher import UserError and must start without torch
+if TYPE_CHECKING:  # config and the launcher import UserError and must start without torch and numpy
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
 StopReason = Literal["eos", "length", "stop"]
@@ -74,39 +75,111 @@ class Prompt:
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, init=False)
 class Completion:
     """One sampled answer as the engine returns it.
 
     With an environment, it holds all answers of a rollout and the environment's results between them.
 
-    `token_ids` ends with EOS when `stop_reason == "eos"`. `sampler_log_probs` has one entry per token of `token_ids`,
-    in nats. `policy_version` is the number of updates behind the weights that sampled the answer. `loss_mask` is False
+    The fields per token accept any sequence and are arrays afterwards. `token_ids` [N] int32 ends with EOS when
+    `stop_reason == "eos"`. `sampler_log_probs` [N] float32 has one entry per token of `token_ids`, in nats.
+    `policy_version` is the number of updates behind the weights that sampled the answer. `loss_mask` [N] bool is False
     on the tokens of environment results, whose sampler log-probs are 0; None means that the policy sampled all tokens.
     `failure` describes how the environment failed. `expert_choices` is present when the request asks for it: the
-    experts of the first N tokens of prompt and completion in each layer, [N, L, K] small integers as in
-    data/expert_records.py.
+    experts of the first M tokens of prompt and completion in each layer, [M, L, K] small integers as in
+    data/expert_records.py. Two completions are equal if all fields but `expert_choices` are.
+
+    Raises:
+        ValueError: the arrays per token differ in length.
     """
 
-    token_ids: tuple[int, ...]
-    sampler_log_probs: tuple[float, ...]
+    token_ids: NDArray[np.int32]
+    sampler_log_probs: NDArray[np.float32]
     stop_reason: StopReason
     policy_version: int
     text: str
-    expert_choices: Tensor | None = field(default=None, compare=False)
-    loss_mask: tuple[bool, ...] | None = None
-    num_turns: int = 1
-    failure: str | None = None
+    expert_choices: Tensor | None
+    loss_mask: NDArray[np.bool_] | None
+    num_turns: int
+    failure: str | None
+
+    def __init__(
+        self,
+        token_ids: ArrayLike,
+        sampler_log_probs: ArrayLike,
+        stop_reason: StopReason,
+        policy_version: int,
+        text: str,
+        expert_choices: Tensor | None = None,
+        loss_mask: ArrayLike | None = None,
+        num_turns: int = 1,
+        failure: str | None = None,
+    ) -> None:
+        tokens, log_probs = _array(token_ids, "int32"), _array(sampler_log_probs, "float32")
+        mask = None if loss_mask is None else _array(loss_mask, "bool")
+        if len(tokens) != len(log_probs):
+            raise ValueError(f"a completion has {len(tokens)} tokens and {len(log_probs)} sampler_log_probs")
+        if mask is not None and len(mask) != len(tokens):
+            raise ValueError(f"a completion has {len(tokens)} tokens and a loss_mask of {len(mask)}")
+        fields = (tokens, log_probs, stop_reason, policy_version, text, expert_choices, mask, num_turns, failure)
+        for name, value in zip(type(self).__dataclass_fields__, fields, strict=True):
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Completion):
+            return NotImplemented
+        return self._compared() == other._compared()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _compared(self) -> tuple[object, ...]:
+        mask = None if self.loss_mask is None else self.loss_mask.tobytes()
+        arrays = self.token_ids.tobytes(), self.sampler_log_probs.tobytes(), mask
+        return *arrays, self.stop_reason, self.policy_version, self.text, self.num_turns, self.failure
 
     @property
     def num_loss_tokens(self) -> int:
         """Number of tokens that the policy sampled."""
-        return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
+        return len(self.token_ids) if self.loss_mask is None else int(self.loss_mask.sum())
 
     @property
-    def loss_log_probs(self) -> tuple[float, ...]:
+    def loss_log_probs(self) -> NDArray[np.float32]:
         """Sampler log-probs, in nats, of the tokens that the policy sampled."""
-        return tuple(itertools.compress(self.sampler_log_probs, self.loss_mask or (True,) * len(self.token_ids)))
+        return self.sampler_log_probs if self.loss_mask is None else self.sampler_log_probs[self.loss_mask]
+
+
+def _array(values: ArrayLike, dtype: str) -> NDArray[Any]:
+    import numpy as np
+
+    return np.ascontiguousarray(values, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """One number per loss token of several rollouts; loss tokens are those that the policy sampled.
+
+    The numbers of rollout `ids[i]` (a row of the step's table) are `values[offsets[i] : offsets[i + 1]]`. The ids [N]
+    ascend, `offsets` [N + 1] starts with 0.
+    """
+
+    ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    values: NDArray[Any]
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Loss tokens of each rollout, [N]."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    def with_values(self, values: NDArray[Any]) -> TokenValues:
+        """Return other numbers for the same tokens."""
+        assert len(values) == len(self.values), f"{len(values)} numbers for {len(self.values)} loss tokens"
+        return TokenValues(self.ids, self.offsets, values)
+
+    def by_rollout(self) -> dict[int, list[float]]:
+        """Return {rollout: its numbers}; for reports and tests, not for whole steps."""
+        bounds = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
+        return {i: self.values[a:b].tolist() for i, (a, b) in zip(self.ids.tolist(), bounds, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -133,8 +206,10 @@ class Reward:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to one prompt with its reward; a row of `rollouts/step_*.jsonl`. The G rollouts of a prompt form a
-    group."""
+    """One answer to one prompt with its reward, on the ranks that sampled it. The G rollouts of a prompt form a group.
+
+    All later parts of a step read the columns that are built from it: data/rollout_table.py and data/rollout_tokens.py.
+    """
 
     prompt: Prompt
     completion: Completion
@@ -229,7 +304,7 @@ class Microbatch:
     factor of the token's loss. It includes the global denominators, so losses add up over microbatches and ranks.
     """
 
-    rollout_ids: tuple[int, ...]  # positions in the step's list of rollouts, in the order of the segments
+    rollout_ids: tuple[int, ...]  # rows of the step's table, in the order of the segments
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, restarts at 0 in every segment
     labels: Tensor  # [T] int64

@@ -29,7 +29,7 @@ from grpo_mega.algorithm.likelihood import LikelihoodLoss
 from grpo_mega.config.load import config_from_values
 from grpo_mega.config.schema import Config
 from grpo_mega.data.example_dataset import Example
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.parallel.ranks import Ranks, init_ranks

@@ -27,9 +27,13 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grpo_mega.observe.rollout_files.reader import read_rows, steps_of
 from grpo_mega.observe.run_folder import RunFolder
-from grpo_mega.trainer.mismatch_guard import AUTO, EngineMismatchError, MismatchGuard, likely_mismatches
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.mismatch_guard import AUTO, EngineMismatchError, MismatchGuard
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +133,13 @@ def rollouts_of(folder: Path) -> tuple[list[Rollout], list[list[float]]]:
     return rollouts, olds
 
 
+def differences_of(rollouts: Sequence[Rollout], olds: Sequence[Sequence[float]]) -> tuple[SampledGroups, Differences]:
+    """Return the rollouts as columns, and the differences of their loss tokens."""
+    groups = SampledGroups.of(rollouts, 1)
+    old = groups.tokens.on_loss_tokens(groups.tokens.sampler_log_probs)
+    return groups, Differences.of(groups.tokens, old.with_values(np.concatenate([np.array(row) for row in olds])))
+
+
 def quantile(ordered: Sequence[float], fraction: float) -> float:
     """Return the smallest value that at least this fraction of the ordered values does not exceed."""
     return ordered[math.ceil(fraction * len(ordered)) - 1]
@@ -139,10 +150,10 @@ def read(folder: Path, change: str, dtype: str, seed: int) -> RunMismatch:
     bound, steps, all_sizes = AUTO[dtype], list[StepMismatch](), list[float]()
     guard = MismatchGuard(bound, "")
     for step in steps_of(RunFolder(folder).rollouts):
-        rollouts, olds = rollouts_of(RunFolder(folder).rollouts_of(step))
-        sizes = [each.size for each in likely_mismatches(rollouts, olds)]
+        groups, found = differences_of(*rollouts_of(RunFolder(folder).rollouts_of(step)))
+        sizes = found.sizes[found.is_likely].tolist()
         try:
-            guard.check(len(steps) + 1, rollouts, olds, "")
+            guard.check(len(steps) + 1, found, groups.table, lambda array: array[None], "")
             stopped = False
         except EngineMismatchError:
             stopped = True

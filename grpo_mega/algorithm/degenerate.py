@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-
-from grpo_mega.types import Rollout
+import numpy as np
+from numpy.typing import NDArray
 
 ROUNDING = 2.0**-40
 """Relative tolerance, about 1e-12: some thousand roundings of float64, and far below one rounding of float32."""
@@ -33,26 +33,58 @@ def equal_up_to_rounding(values: Sequence[float]) -> bool:
     return max(values) - min(values) <= ROUNDING * max(1.0, *map(abs, values))
 
 
-def rewards_are_equal(rewards: Sequence[float]) -> bool:
-    """Return True if outcome rewards of a group are equal up to rounding, or equal as float32.
+def equal_groups(rewards: NDArray[np.float64], scored: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+    """Return [P]: True if the outcome rewards of a group are equal up to rounding, or equal as float32.
 
     Advantages of outcome rewards are computed from float32 (`StepRewards.reward_matrix`): rewards that are equal in
     float32 have advantage 0.
 
     Args:
-        rewards: of the rollouts of one group, at least one.
+        rewards: [P, G], a group per row.
+        scored: [P, G], False for entries that are left out; None: none is.
     """
-    return equal_up_to_rounding(rewards) or len(set(torch.tensor(rewards, dtype=torch.float32).tolist())) == 1
+    known = np.ones(rewards.shape, np.bool_) if scored is None else scored
+    with np.errstate(over="ignore"):  # a reward beyond the range of float32 is infinite there
+        return _equal_rows(rewards, known) | _same_number(rewards.astype(np.float32), known)
 
 
-def is_degenerate(rollouts: Sequence[Rollout]) -> bool:
-    """Return True if the rewards of a group are equal; for a process reward, if the values of all its steps are.
+def degenerate_groups(
+    rewards: NDArray[np.float64], group_size: int, step_values: Sequence[Sequence[float]] | None = None
+) -> NDArray[np.bool_]:
+    """Return [P]: True if the rewards of a group are equal; for a process reward, if the values of all its steps are.
 
     Rollouts without a reward are left out. A group with fewer than two rewards is degenerate.
+
+    Args:
+        rewards: [P * G] rewards of the rollouts, group by group; NaN for a rollout without a reward.
+        group_size: G.
+        step_values: the values of each rollout's steps; a rollout without steps counts as one step with its reward.
+            None: no rollout has steps.
     """
-    scored = [(rollout, value) for rollout in rollouts if (value := rollout.reward.value) is not None]
-    if len(scored) < 2:
-        return True
-    if any(rollout.steps for rollout, _ in scored):
-        return equal_up_to_rounding([step for r, value in scored for _, step in r.steps or ((0, value),)])
-    return rewards_are_equal([value for _, value in scored])
+    matrix = rewards.reshape(-1, group_size)
+    scored = ~np.isnan(matrix)
+    few = scored.sum(axis=1) < 2
+    found = few | equal_groups(matrix, scored)
+    if step_values is None:
+        return np.asarray(found)
+    for group in range(len(matrix)):
+        rows = [row for row in range(group * group_size, (group + 1) * group_size) if not math.isnan(rewards[row])]
+        if not few[group] and any(len(step_values[row]) for row in rows):
+            values = [v for row in rows for v in (step_values[row] if len(step_values[row]) else (rewards[row],))]
+            found[group] = equal_up_to_rounding(values)
+    return np.asarray(found)
+
+
+def _equal_rows(matrix: NDArray[Any], scored: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return `equal_up_to_rounding` of the scored entries of each row."""
+    finite = np.where(scored, np.isfinite(matrix), True).all(axis=1)
+    known = scored & np.isfinite(matrix)
+    highest, lowest = np.where(known, matrix, -np.inf).max(axis=1), np.where(known, matrix, np.inf).min(axis=1)
+    largest = np.where(known, np.abs(matrix), 0.0).max(axis=1)
+    return np.asarray(finite & (highest - lowest <= ROUNDING * np.maximum(1.0, largest)))
+
+
+def _same_number(matrix: NDArray[np.float32], scored: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return True for each row whose scored entries are the same number."""
+    highest, lowest = np.where(scored, matrix, -np.inf).max(axis=1), np.where(scored, matrix, np.inf).min(axis=1)
+    return np.asarray(highest == lowest)

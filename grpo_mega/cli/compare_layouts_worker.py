@@ -15,17 +15,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_mega.algorithm.base import OwnTokens
 from grpo_mega.algorithm.likelihood import LikelihoodLoss
 from grpo_mega.config.schema import Config
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.observe.rollout_files.reader import read_rows
+from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
-from grpo_mega.rollout.sampler import SampledGroups
-from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch, build_batch, kl_penalties
 from grpo_mega.trainer.example_batch import build_example_batch
 from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats, UserError
 
 NUM_PROMPTS, GROUP_SIZE = 4, 4  # of a generated batch
@@ -46,7 +49,7 @@ def random_groups(config: Config, folder: Path, vocab_size: int) -> SampledGroup
             tokens = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, config.sampling.max_tokens)))
             completion = Completion(tokens, (-1.0,) * len(tokens), "length", 0, "")
             rollouts.append(Rollout(prompt, completion, Reward(rng.random()), 0))
-    return SampledGroups(rollouts, GROUP_SIZE)
+    return SampledGroups.of(rollouts, GROUP_SIZE)
 
 
 def read_rollouts(path: Path) -> SampledGroups:
@@ -68,7 +71,7 @@ def read_rollouts(path: Path) -> SampledGroups:
             f"{path}: all prompts must have the same number of rollouts, and they have {sorted(sizes)}",
             remedy="name the folder of one whole step",
         )
-    return SampledGroups([r for group in groups.values() for r in group], sizes.pop())
+    return SampledGroups.of([r for group in groups.values() for r in group], sizes.pop())
 
 
 def packed_values(values: list[list[float]], batch: TrainBatch) -> list[Tensor]:
@@ -89,12 +92,12 @@ def add_noise(values: dict[int, list[float]], seed: int) -> list[list[float]]:
     return [row.tolist() for row in noisy]
 
 
-def batch_of_rank(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp_rank: int) -> TrainBatch:
-    """Return a data-parallel rank's part of one minibatch with all groups."""
+def batch_of_rank(groups: SampledGroups, config: Config, objective: Objective, transfer: RolloutTransfer) -> TrainBatch:
+    """Return this rank's part of one minibatch with all groups, which every rank has. Collective."""
     train = config.train.model_copy(update={"minibatches_per_epoch": 1})
-    rewards = [r.reward.value for r in groups.rollouts]
     shape = RowShape.of(config.parallel, config.precision)
-    return build_batch(groups, rewards, train, objective, dp=dp, dp_rank=dp_rank, shape=shape)
+    groups = groups.held_by(is_first=transfer.ranks.is_first)
+    return build_batch(groups, groups.table.reward, train, objective, transfer=transfer, shape=shape)
 
 
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
@@ -102,27 +105,25 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
     if config.is_sft:
         measure_examples(job, config, ranks)
         return
-    folder, topology = Path(job["model"]), ranks.topology
+    folder = Path(job["model"])
     spec = checkpoint_spec(folder)
     groups = read_rollouts(Path(job["rollouts"])) if job["rollouts"] else random_groups(config, folder, spec.vocab_size)
     policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
     objective = Objective(config.algorithm, config.sampling.max_tokens)
-    batch = batch_of_rank(groups, config, objective, topology.dp, ranks.at.dp_rank)
+    transfer = RolloutTransfer(ArrayCollectives(ranks))
+    batch = batch_of_rank(groups, config, objective, transfer)
     record = Path(job["work"]) / "log_probs.json"
     if not record.exists():
         log_probs = policy.log_probs(batch.microbatches)
         assert log_probs is not None, "the first job has one rank"
-        values = batch.completion_values(log_probs)
+        values = batch.completion_values(log_probs).by_rollout()
         record.write_text(json.dumps({"old": add_noise(values, 1), "ref": add_noise(values, 2)}))
     known = json.loads(record.read_text())
     batch = batch.with_log_probs(old=packed_values(known["old"], batch), ref=packed_values(known["ref"], batch))
     if objective.kl_in_reward:
-        whole = batch_of_rank(groups, config, objective, 1, 0)
-        whole = whole.with_log_probs(old=packed_values(known["old"], whole), ref=packed_values(known["ref"], whole))
-        kl = [row for microbatch in whole.microbatches if (row := objective.kl(microbatch)) is not None]
-        penalties = whole.completion_values(kl)
-        ordered = [penalties[i] for i in range(len(groups.rollouts))]
-        batch = batch.with_advantages(objective.credit(groups, batch.rewards, ordered).advantages)
+        penalties, totals = kl_penalties(objective, batch, transfer)
+        own = OwnTokens(batch.positions, penalties, gather=transfer.collectives.gather_losses)
+        batch = batch.with_credit(objective.credit(groups, batch.rewards, own, totals))
     stats, _ = policy.backward(batch.microbatches, objective.loss())
     write_gradient(job, policy, stats, ranks)
 

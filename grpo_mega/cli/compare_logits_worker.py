@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.pack import RowShape, pack
+from grpo_mega.data.pack import pack
+from grpo_mega.data.rollout_tokens import RolloutTokens
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
@@ -28,16 +31,16 @@ def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
     for ids in bins:
         rollouts = []
         for i in ids:
-            tokens = tuple(sequences[i][1:])
-            completion = Completion(tokens, (0.0,) * len(tokens), "length", 0, "")
+            tokens = sequences[i][1:]
+            completion = Completion(tokens, np.zeros(len(tokens)), "length", 0, "")
             rollouts.append((i, Rollout(Prompt(i, "", (sequences[i][0],), ""), completion, Reward(0.0), 0)))
-        zeros = [0.0] * len(ids)
+        packed = RolloutTokens.of(rollouts)
         rows.append(
             pack(
-                rollouts,
+                packed,
                 row_tokens=row_tokens,
-                advantages=zeros,
-                token_weights=zeros,
+                advantages=np.zeros(int(packed.loss_counts.sum())),
+                token_weights=np.zeros(len(packed)),
                 pad_id=0,
                 segment_multiple=shape.segment_multiple,
             )

@@ -21,6 +21,7 @@ from grpo_mega.interfaces import WeightSink
 from grpo_mega.observe.log import configure_logging, quiet_libraries
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.error_report import report_error
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
@@ -55,10 +56,13 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
         stack.callback(engine.close)
         quiet_libraries()
         load_weights(engine.sink, open_checkpoint(Path(job["weights"]), folder, folder), DTYPES[config.precision.dtype])
-        sampler = make_sampler(config, engine, workers, ranks, PhaseTimer(), folder)
+        collectives = ArrayCollectives(ranks)
+        sampler = make_sampler(config, engine, workers, collectives, PhaseTimer(), folder)
         limits = config.evaluation
         max_tokens = limits.max_tokens or config.sampling.max_tokens
-        evaluator = Evaluator(sampler, held_out.sets, limits, max_tokens, config.run.seed, full_marks(rewards))
+        evaluator = Evaluator(
+            sampler, held_out.sets, limits, max_tokens, config.run.seed, full_marks(rewards), collectives.sum
+        )
         return evaluator.evaluate()
 
 

@@ -7,7 +7,11 @@ Asserted by tests/unit/data/test_expert_records.py.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 NO_RECORD_UINT8 = 255
@@ -26,3 +30,9 @@ def widen_record(choices: Tensor) -> Tensor:
         return choices.to(torch.int16)
     wide = choices.to(torch.int16)
     return torch.where(wide == NO_RECORD_UINT8, -1, wide)
+
+
+def has_record(choices: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return [N]: True for tokens of a record [N, L, K] of either type that have a record in any layer."""
+    known = choices != NO_RECORD_UINT8 if choices.dtype == np.uint8 else choices >= 0
+    return np.asarray(known.reshape(len(choices), -1).any(axis=1))

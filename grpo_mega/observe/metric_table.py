@@ -273,6 +273,15 @@ METRICS: dict[str, Metric] = {
     "throughput/rollout_tokens_per_second": Metric(
         THROUGHPUT, "tokens per second", "tokens / s", "completion tokens per second of sampling"
     ),
+    "train/padding_fraction": Metric(
+        THROUGHPUT, "padding", "fraction", "tokens of padding of all rows, of all tokens of the rows"
+    ),
+    "train/imbalance": Metric(
+        THROUGHPUT,
+        "work of the busiest rank",
+        "ratio",
+        "estimated operations of the busiest data-parallel rank / mean of the ranks; 1 is an equal load",
+    ),
     "sync/bytes": Metric(
         THROUGHPUT, "sync bytes", "bytes", "bytes written into the engine of rank 0, or sent to servers by rank 0"
     ),

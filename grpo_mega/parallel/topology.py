@@ -157,6 +157,10 @@ class Topology:
         """Return the first rank of the last pipeline stage of a data-parallel replica: it has the log-probs."""
         return self.tp * self.cp * (dp_rank + self.dp * (self.pp - 1))
 
+    def first_rank(self, dp_rank: int) -> int:
+        """Return the first rank of the first pipeline stage of a data-parallel replica."""
+        return self.tp * self.cp * dp_rank
+
     def describe(self, rank: int) -> str:
         """Format a rank for messages: `rank 5 | dp 1/2 pp 0/2 tp 1/2`; with cp and ep if they are above 1."""
         at = self.coordinates(rank)

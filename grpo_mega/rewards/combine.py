@@ -25,19 +25,6 @@ def combine(components: Sequence[RewardComponent], job: ScoringJob) -> Reward:
     return Reward(value=value, components=values, failures=failures, steps=_weighted_steps(found, job))
 
 
-def has_full_marks(reward: Reward, full_marks: Mapping[str, float]) -> bool:
-    """Return True if a reward means a correct answer: its first term has the highest value of its range.
-
-    Args:
-        reward: the reward of a rollout; its first component is that of the first term that applies to the row.
-        full_marks: highest value of each component.
-    """
-    if reward.value is None:
-        return False
-    name, value = next(iter(reward.components.items()))
-    return value >= full_marks[name]
-
-
 def _weighted_steps(found: Mapping[int, RewardComponent], job: ScoringJob) -> Steps | None:
     """Return the weighted steps of all terms, or None when no term scored steps.
 

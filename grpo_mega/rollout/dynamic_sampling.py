@@ -8,13 +8,16 @@ Asserted by tests/unit/rollout/test_dynamic_sampling.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+import numpy as np
+
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
-from grpo_mega.rollout.sampler import SampledGroups, derived_seed
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.rollout.sampler import derived_seed
 from grpo_mega.types import Prompt, SamplingRequest, UserError
 
 
@@ -22,7 +25,7 @@ class GroupSampler(Protocol):
     """Interface of `rollout.sampler.Sampler`."""
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
-        """Sample a group for each prompt; collective, with the same result on every rank."""
+        """Sample a group for each prompt; collective, with the same table on every rank."""
         ...
 
 
@@ -63,22 +66,23 @@ class GroupSource:
             return groups
         others = self._others(chosen, step)
         for refill in range(rounds):
-            places = [p for p in range(len(chosen)) if groups.is_degenerate(p)]
+            places = np.flatnonzero(groups.degenerate).tolist()
             spare = list(islice(others, len(places)))
             if not spare:
                 break
             sampled = self._require_routing_records(
                 self.sampler.sample(spare, request, ("train", seed, step, "refill", refill))
             )
-            groups = _replace_groups(groups, places, sampled)
+            groups = groups.replace_groups(places, sampled)
         return groups
 
     def _require_routing_records(self, groups: SampledGroups) -> SampledGroups:
-        missing = [r for r in groups.rollouts if r.completion.expert_choices is None]
-        if self.config.algorithm.routing_replay and missing:
+        missing = np.flatnonzero(~groups.table.has_experts)
+        if self.config.algorithm.routing_replay and len(missing):
             raise UserError(
                 f"algorithm.routing_replay=true: engine.kind={self.config.engine.kind} returned no routing record for "
-                f"{len(missing)} of {len(groups.rollouts)} rollouts, the first of prompt {missing[0].prompt.index}",
+                f"{len(missing)} of {len(groups.table)} rollouts, the first of prompt "
+                f"{groups.table.prompt_index[missing[0]]}",
                 remedy="use an engine that returns routing records, or set algorithm.routing_replay=false",
             )
         return groups
@@ -88,14 +92,3 @@ class GroupSource:
         taken = {prompt.index for prompt in chosen}
         shuffled = self.prompts.shuffled(derived_seed("refill", self.config.run.seed, step))
         return (prompt for prompt in shuffled if prompt.index not in taken)
-
-
-def _replace_groups(groups: SampledGroups, places: Sequence[int], sampled: SampledGroups) -> SampledGroups:
-    """Put the non-degenerate groups of `sampled` into `places`; count all replaced and unused groups as discarded."""
-    size = groups.group_size
-    rollouts = list(groups.rollouts)
-    num_sampled = len(sampled.rollouts) // size
-    usable = [i for i in range(num_sampled) if not sampled.is_degenerate(i)]
-    for place, i in zip(places, usable, strict=False):
-        rollouts[place * size : (place + 1) * size] = sampled.rollouts[i * size : (i + 1) * size]
-    return replace(groups, rollouts=rollouts, num_discarded=groups.num_discarded + num_sampled)

@@ -5,16 +5,20 @@ Asserted by tests/unit/rollout/test_evaluator.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.data.dataset import DataSet
+from grpo_mega.data.rollout_table import RolloutTable, SumOverRanks
 from grpo_mega.observe.summary import Evaluation
-from grpo_mega.rewards.combine import has_full_marks
 from grpo_mega.rollout.pass_at_k import final_answer, majority_at_k, pass_at_k
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.rollout.sampler import Sampler
-from grpo_mega.types import Reward, Rollout, SamplingOptions, SamplingRequest
+from grpo_mega.types import SamplingOptions, SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Evaluator:
     """Evaluator of the held-out sets.
 
     `full_marks` is the highest value of each reward term. An answer is correct if the first term that applies to it has
-    its highest value.
+    its highest value. `sum_over_ranks` adds arrays over all ranks.
     """
 
     sampler: Sampler
@@ -31,6 +35,7 @@ class Evaluator:
     max_tokens: int
     seed: int
     full_marks: Mapping[str, float]
+    sum_over_ranks: SumOverRanks
 
     def evaluate(self) -> Evaluation:
         """Sample and score all held-out prompts. Collective.
@@ -43,49 +48,68 @@ class Evaluator:
         k, seed_of = self.config.k, ("evaluation", self.seed)
         options = sampling_options(self.config)
         request = SamplingRequest(k, self.config.temperature, self.max_tokens, seed=0, options=options)
-        sampled = self.sampler.sample(prompts, request, seed_of).rollouts
-        greedy = self.sampler.sample(prompts, replace(request, group_size=1, temperature=0.0), seed_of).rollouts
-        whole = self._evaluation(sampled, greedy)
+        sampled = self.sampler.sample(prompts, request, seed_of)
+        greedy = self.sampler.sample(prompts, replace(request, group_size=1, temperature=0.0), seed_of).table
+        majorities = self._majorities(sampled)
+        bounds = np.cumsum([0, *(len(chosen) for _, chosen in parts)]).tolist()
+
+        def evaluation(begin: int, end: int) -> Evaluation:
+            own = np.arange(begin, end)
+            return self._evaluation(sampled.table.take_groups(own), greedy.take_groups(own), majorities[begin:end])
+
+        whole = evaluation(0, len(prompts))
         if len(parts) == 1:
             return whole
-        sets, begin = {}, 0
-        for name, chosen in parts:
-            end = begin + len(chosen)
-            sets[name] = self._evaluation(sampled[begin * k : end * k], greedy[begin:end])
-            begin = end
+        sets = {name: evaluation(bounds[i], bounds[i + 1]) for i, (name, _) in enumerate(parts)}
         return replace(whole, sets=sets)
 
-    def is_right(self, reward: Reward) -> bool:
-        """Return True if the reward means a correct answer."""
-        return has_full_marks(reward, self.full_marks)
+    def is_right(self, table: RolloutTable) -> NDArray[np.bool_]:
+        """Return True for each rollout whose reward means a correct answer, [R]."""
+        return table.has_full_marks(self.full_marks)
 
-    def _evaluation(self, sampled: Sequence[Rollout], greedy: Sequence[Rollout]) -> Evaluation:
+    @property
+    def _ks(self) -> tuple[int, ...]:
+        return tuple(self.config.report_k or (self.config.k,))
+
+    def _majorities(self, sampled: SampledGroups) -> NDArray[np.float64]:
+        """Return maj@k of each prompt for each k, [P, number of ks]; NaN with fewer than k rewards. Collective.
+
+        All answers to a prompt are on the rank that sampled them.
+        """
+        table, size = sampled.table, sampled.group_size
+        right, scored = self.is_right(table), table.is_scored
+        answers: dict[int, list[tuple[Hashable | None, bool]]] = {}
+        for row, text in zip(sampled.tokens.ids.tolist(), sampled.texts, strict=True):
+            group = answers.setdefault(row // size, [])
+            if scored[row]:
+                group.append((final_answer(text), bool(right[row])))
+        found = np.zeros((table.num_groups, len(self._ks)))
+        for prompt, group in answers.items():
+            chosen, is_right = [answer for answer, _ in group], [of_answer for _, of_answer in group]
+            found[prompt] = [majority_at_k(chosen, is_right, k) if len(group) >= k else np.nan for k in self._ks]
+        return self.sum_over_ranks(found)
+
+    def _evaluation(self, sampled: RolloutTable, greedy: RolloutTable, majorities: NDArray[np.float64]) -> Evaluation:
         """Evaluate prompts with k samples each, in order. Samples without a reward are left out of all but the length.
 
         pass@k and maj@k are means over the prompts with at least k samples that have a reward. A mean over nothing is
         0, and `failed_fraction` is 1 then.
         """
-        n = self.config.k
-        samples = [sampled[begin : begin + n] for begin in range(0, len(sampled), n)]
-        groups = [[r for r in group if r.reward.value is not None] for group in samples]
-        right = [[self.is_right(r.reward) for r in group] for group in groups]
-        answers = [[final_answer(r.completion.text) for r in group] for group in groups]
-        ks = self.config.report_k or (n,)
+        right, scored = self.is_right(sampled), sampled.is_scored
+        counts = scored.reshape(-1, self.config.k).sum(axis=1).tolist()
+        num_right = right.reshape(-1, self.config.k).sum(axis=1).tolist()
+        pairs = list(zip(counts, num_right, strict=True))
         return Evaluation(
-            accuracy=_mean([is_right for group in right for is_right in group]),
-            reward_mean=_mean([r.reward.value for r in sampled if r.reward.value is not None]),
-            length_mean=_mean([len(r.completion.token_ids) for r in sampled]),
-            num_prompts=len(groups),
-            greedy_accuracy=_mean([self.is_right(r.reward) for r in greedy if r.reward.value is not None]),
-            failed_fraction=_mean([bool(r.reward.failures) for r in sampled]),
-            pass_at_k={
-                str(k): _mean([pass_at_k(len(group), sum(group), k) for group in right if len(group) >= k]) for k in ks
-            },
+            accuracy=_mean(right[scored].tolist()),
+            reward_mean=_mean(sampled.reward[scored].tolist()),
+            length_mean=_mean(sampled.completion_tokens.tolist()),
+            num_prompts=len(counts),
+            greedy_accuracy=_mean(self.is_right(greedy)[greedy.is_scored].tolist()),
+            failed_fraction=_mean(sampled.has_failed.tolist()),
+            pass_at_k={str(k): _mean([pass_at_k(n, right, k) for n, right in pairs if n >= k]) for k in self._ks},
             majority_at_k={
-                str(k): _mean(
-                    [majority_at_k(a, group, k) for a, group in zip(answers, right, strict=True) if len(group) >= k]
-                )
-                for k in ks
+                str(k): _mean([value for value in majorities[:, i].tolist() if not np.isnan(value)])
+                for i, k in enumerate(self._ks)
             },
         )
 

@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from grpo_mega.environments.base import Turn
 from grpo_mega.environments.pool import Reply
@@ -78,9 +80,8 @@ class _Rollout:
     prompt: Prompt
     position: int
     member: int
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
+    parts: list[tuple[NDArray[np.int32], NDArray[np.float32], bool]] = field(default_factory=list)
+    """(tokens, their log-probs, sampled by the policy) of each answer and reply."""
     turns: list[Turn] = field(default_factory=list)
     stop_reason: StopReason = "length"
     policy_version: int = 0
@@ -89,34 +90,41 @@ class _Rollout:
 
     def add_answer(self, completion: Completion, turn: Turn) -> None:
         """Append an answer of the policy, which the environment gets as `turn`."""
-        self.token_ids += completion.token_ids
-        self.log_probs += completion.sampler_log_probs
-        self.mask += [True] * len(completion.token_ids)
+        self.parts.append((completion.token_ids, completion.sampler_log_probs, True))
         self.turns.append(turn)
         self.stop_reason, self.policy_version = completion.stop_reason, completion.policy_version
         self.expert_choices = completion.expert_choices  # covers the whole sequence, which includes the prompt
 
     def add_reply(self, result: str, token_ids: Sequence[int]) -> None:
         """Append a reply of the environment."""
-        self.token_ids += token_ids
-        self.log_probs += [0.0] * len(token_ids)
-        self.mask += [False] * len(token_ids)
+        self.parts.append((np.asarray(token_ids, np.int32), np.zeros(len(token_ids), np.float32), False))
         self.turns[-1] = replace(self.turns[-1], result=result)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of all answers and replies."""
+        return sum(len(tokens) for tokens, _, _ in self.parts)
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """Tokens of all answers and replies."""
+        return np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _, _ in self.parts)])
 
     def next_prompt(self) -> Prompt:
         """Return the prompt of the next answer: all tokens so far."""
-        return replace(self.prompt, token_ids=(*self.prompt.token_ids, *self.token_ids))
+        return replace(self.prompt, token_ids=(*self.prompt.token_ids, *self.token_ids.tolist()))
 
     def completion(self, codec: Codec) -> Completion:
         """Return the whole rollout as one completion."""
+        mask = np.repeat([own for _, _, own in self.parts], [len(tokens) for tokens, _, _ in self.parts])
         return Completion(
-            token_ids=tuple(self.token_ids),
-            sampler_log_probs=tuple(self.log_probs),
+            token_ids=self.token_ids,
+            sampler_log_probs=np.concatenate([log_probs for _, log_probs, _ in self.parts]),
             stop_reason=self.stop_reason,
             policy_version=self.policy_version,
-            text=codec.decode(self.token_ids),
+            text=codec.decode(self.token_ids.tolist()),
             expert_choices=self.expert_choices,
-            loss_mask=None if all(self.mask) else tuple(self.mask),
+            loss_mask=None if mask.all() else mask,
             num_turns=len(self.turns),
             failure=self.failure,
         )
@@ -202,7 +210,7 @@ class _Wave:
             prompts = self._prompts
         else:
             prompts = [rollout.next_prompt() for rollout in self._unfinished]
-            limits = tuple(self._sampling.max_tokens - len(rollout.token_ids) for rollout in self._unfinished)
+            limits = tuple(self._sampling.max_tokens - rollout.num_tokens for rollout in self._unfinished)
             seed = derived_seed(self._sampling.seed, turn)
             request = replace(request, group_size=1, seed=seed, max_tokens_each=limits, continues=True)
         is_last = turn == self._owner.max_turns - 1
@@ -240,7 +248,7 @@ class _Wave:
         """Return the answer as the environment gets it: without characters of the last token after the stop text."""
         cut = None
         if completion.stop_reason == "stop":
-            cut = self._owner.codec.cut_at_stop(completion.token_ids, self._owner.stop)
+            cut = self._owner.codec.cut_at_stop(completion.token_ids.tolist(), self._owner.stop)
         return Turn(completion.text) if cut is None else Turn(cut[0], stop_text=cut[1])
 
     def _apply_reply(self, rollout: _Rollout, reply: Reply) -> bool:
@@ -252,7 +260,7 @@ class _Wave:
             except ValueError as error:
                 rollout.failure = str(error)
             else:
-                if len(rollout.token_ids) + len(token_ids) < self._sampling.max_tokens:
+                if rollout.num_tokens + len(token_ids) < self._sampling.max_tokens:
                     rollout.add_reply(result, token_ids)
                     return True
                 rollout.stop_reason = "length"

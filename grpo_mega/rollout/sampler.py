@@ -1,4 +1,4 @@
-"""Samples the rollouts of a step on all engine replicas, scores them meanwhile, and gathers the result on every rank.
+"""Samples the rollouts of a step on all engine replicas and scores them meanwhile.
 
 Prompts are divided into waves. The prompts of a wave are distributed round-robin over the prompt shards
 (parallel/topology.py): a shard is a replica, or one of its data-parallel ranks. Data-parallel ranks of a replica call
@@ -13,15 +13,13 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
-import torch.distributed as dist
-
-from grpo_mega.algorithm.degenerate import is_degenerate
 from grpo_mega.observe.timers import PhaseTimer
-from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.rewards.inputs import ScoringRow
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
 
 
@@ -55,30 +53,6 @@ class Scorer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class SampledGroups:
-    """Rollouts of a step, group by group in the order of the prompts; equal on every rank.
-
-    `num_discarded` more groups were sampled but not used, because they are degenerate.
-    """
-
-    rollouts: list[Rollout]
-    group_size: int
-    num_discarded: int = 0
-
-    def is_degenerate(self, group: int) -> bool:
-        """Return True if the rewards of a group differ by no more than rounding (algorithm/degenerate.py)."""
-        first = group * self.group_size
-        return is_degenerate(self.rollouts[first : first + self.group_size])
-
-    def tokens_per_replica(self, num_replicas: int) -> list[int]:
-        """Return the number of completion tokens that each replica sampled."""
-        totals = [0] * num_replicas
-        for rollout in self.rollouts:
-            totals[rollout.replica] += len(rollout.completion.token_ids)
-        return totals
-
-
 class StepEnds(Protocol):
     """Function that maps tokens to the positions in the text at which they end (data/chat.py)."""
 
@@ -97,7 +71,7 @@ def locate_step_tokens(
     """
     if reward.steps is None:
         return None
-    ends, last = ends_of(completion.token_ids), len(completion.token_ids) - 1
+    ends, last = ends_of(completion.token_ids.tolist()), len(completion.token_ids) - 1
     return tuple(
         (last if end >= len(completion.text) - 1 else min(bisect_right(ends, end), last), value)
         for end, value in reward.steps
@@ -111,9 +85,10 @@ class Sampler:
         self,
         generator: Generator,
         scorer: Scorer | None,
-        ranks: Ranks,
+        collectives: ArrayCollectives,
         timers: PhaseTimer,
         prompts_per_wave: int | None,
+        component_names: Sequence[str] = (),
         floor_of: Callable[[str], Reward] | None = None,
         ends_of: StepEnds | None = None,
         special_text_of: Callable[[Sequence[int]], str] | None = None,
@@ -123,14 +98,16 @@ class Sampler:
         Args:
             generator: samples whole rollouts on this rank's replica.
             scorer: reward workers; None on ranks that do not score.
-            ranks: coordinates of this rank.
+            collectives: of this rank; they also give its coordinates.
             timers: timer of the phase `reward`.
             prompts_per_wave: prompts that enter the engines together; None: all.
+            component_names: names of all reward terms, in the order of the config.
             floor_of: returns the reward of a rollout whose environment failed, by the name of the data set.
             ends_of: finds the end tokens of a process reward's steps; None: steps are ignored.
             special_text_of: returns the text of tokens with special tokens; None: no reward reads it.
         """
-        self._generator, self._scorer, self._ranks, self._timers = generator, scorer, ranks, timers
+        self._generator, self._scorer, self._timers = generator, scorer, timers
+        self._collectives, self._ranks, self._component_names = collectives, collectives.ranks, tuple(component_names)
         self._prompts_per_wave, self._floor_of, self._ends_of = prompts_per_wave, floor_of, ends_of
         self._special_text_of = special_text_of
 
@@ -146,7 +123,7 @@ class Sampler:
             RuntimeError: the engines did not return one rollout per request.
         """
         group_size, at = request.group_size, self._ranks.at
-        mine: dict[int, tuple[Completion, int]] = {}
+        mine: dict[int, Completion] = {}
         wave_size = self._prompts_per_wave or max(1, len(prompts))
         for wave, start in enumerate(range(0, len(prompts), wave_size)):
             positions = range(start, min(start + wave_size, len(prompts)))[at.share :: self._ranks.topology.num_shares]
@@ -160,39 +137,43 @@ class Sampler:
                 chosen: list[Prompt] = chosen,
             ) -> None:
                 key = positions[local] * group_size + member
-                mine[key] = (completion, at.replica)
+                mine[key] = completion
                 if self._scorer is not None and completion.failure is None:
                     self._submit(self._scorer, key, chosen[local], completion)
 
             seed = derived_seed(*seed_of, wave, at.share)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
         with self._timers.phase("reward"):  # most completions were scored during sampling
-            return SampledGroups(self._gather_rollouts(prompts, group_size, mine), group_size)
+            return SampledGroups.gather(
+                prompts,
+                group_size,
+                self._scored_rollouts(prompts, group_size, mine),
+                share=at.share,
+                component_names=self._component_names,
+                sum_over_ranks=self._collectives.sum,
+            )
 
-    def _gather_rollouts(
-        self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, tuple[Completion, int]]
-    ) -> list[Rollout]:
-        """Wait for the remaining scores, then gather; the first rank of each shard contributes its rollouts."""
-        scored = None
-        if self._scorer is not None:
-            rewards = self._scorer.collect()
-            for key, (completion, _) in mine.items():
-                if completion.failure is not None and self._floor_of is not None:
-                    rewards[key] = self._floor_of(prompts[key // group_size].data_set)
-            scored = {key: (completion, rewards[key], replica) for key, (completion, replica) in mine.items()}
-        gathered: list[dict[int, tuple[Completion, Reward, int]] | None] = [scored]
-        if self._ranks.topology.world_size > 1:
-            gathered = [None] * self._ranks.topology.world_size
-            dist.all_gather_object(gathered, scored)
-        by_key = {key: value for part in gathered if part is not None for key, value in part.items()}
-        expected = len(prompts) * group_size
-        if len(by_key) != expected:
-            raise RuntimeError(f"the engines returned {len(by_key)} of {expected} rollouts")
-        return [self._make_rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
+    def _scored_rollouts(
+        self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, Completion]
+    ) -> dict[int, Rollout]:
+        """Wait for the remaining scores and return the rollouts of this shard by row; none on ranks without scorer."""
+        if self._scorer is None:
+            return {}
+        rewards = self._scorer.collect()
+        found = {}
+        for row, completion in mine.items():
+            prompt = prompts[row // group_size]
+            if completion.failure is not None and self._floor_of is not None:
+                reward = self._floor_of(prompt.data_set)
+            else:
+                reward = rewards[row]
+            steps = locate_step_tokens(reward, completion, self._ends_of) if self._ends_of is not None else None
+            found[row] = Rollout(prompt, completion, reward, self._ranks.at.replica, steps)
+        return found
 
     def _submit(self, scorer: Scorer, key: int, prompt: Prompt, completion: Completion) -> None:
         """Start the scoring of one completion with everything that a reward may read."""
-        special = self._special_text_of(completion.token_ids) if self._special_text_of is not None else None
+        special = self._special_text_of(completion.token_ids.tolist()) if self._special_text_of is not None else None
         row = ScoringRow(
             prompt.text,
             completion.text,
@@ -204,10 +185,6 @@ class Sampler:
             index=prompt.index,
         )
         scorer.submit_row(key, row)
-
-    def _make_rollout(self, prompt: Prompt, completion: Completion, reward: Reward, replica: int) -> Rollout:
-        steps = locate_step_tokens(reward, completion, self._ends_of) if self._ends_of is not None else None
-        return Rollout(prompt, completion, reward, replica, steps)
 
 
 def derived_seed(*parts: object) -> int:

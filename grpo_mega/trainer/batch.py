@@ -1,67 +1,79 @@
-"""Builds the microbatches of this rank from the rollouts of a step: advantages, token weights, packing.
+"""Builds the microbatches of this rank from the rollouts of a step: token weights, plan, transfer, packing, advantages.
 
-Pure arithmetic on data that every rank has: all ranks compute the same plan, and each keeps its own rows. Minibatches
+Token weights and the plan are pure arithmetic on the table that every rank has, so all ranks compute the same. The
+tokens of a rollout then go from the rank that sampled it to the ranks that train it, and to no other. Minibatches
 consist of whole groups, and each has its own denominators. All rows of a step have the same length on all ranks,
 because pipeline stages exchange tensors of one shape.
-Asserted by tests/unit/trainer/test_batch.py.
+Asserted by tests/unit/trainer/test_batch.py and tests/parallel/test_rollout_transfer.py.
 """
 
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from grpo_mega.algorithm.base import Advantage
+from grpo_mega.algorithm.base import OwnTokens
 from grpo_mega.config.schema import Config, TrainConfig
-from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
+from grpo_mega.data.pack import pack, token_rows, unpack
+from grpo_mega.data.rollout_tokens import RolloutTokens, means_per_rollout, ragged_index, sums_per_rollout
+from grpo_mega.data.row_plan import RolloutCost, RowShape, StepPlan, plan_step, split_minibatches
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.learning_rate import LearningRateSchedule
-from grpo_mega.trainer.objective import Objective
-from grpo_mega.types import Microbatch, Reward, Rollout
+from grpo_mega.trainer.objective import Credit, Objective
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
+from grpo_mega.types import Microbatch, TokenValues
 
 _PAD_ID = 0  # any valid token id: positions of padding have no loss and attend to nothing
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Rows of this rank for one step. The lists other than `minibatches` have one entry per rollout of the step.
+    """Rows of this rank for one step.
 
     Attributes:
         minibatches: `minibatches[i]` are the microbatches of one optimizer step.
-        advantages: of each rollout.
-        rewards: from which the advantages were computed, before the overlong penalty; None: not scored.
-        is_trained: False for rollouts without loss.
-        values: with a critic, the value of each loss token; otherwise empty.
-        returns: with a critic, the return of each loss token; otherwise empty.
+        plan: rollouts of all rows of all ranks.
+        positions: of the loss tokens of this rank's rollouts in their completions.
+        advantages: of these tokens.
+        rewards: [R] from which the advantages are computed, before the overlong penalty; NaN: not scored.
+        is_trained: [R] False for rollouts without loss.
+        values: with a critic, its value of each of these tokens.
+        returns: with a critic, its target for each of these tokens.
     """
 
     minibatches: list[list[Microbatch]]
-    advantages: list[Advantage]
-    rewards: list[float | None] = field(default_factory=list)
-    is_trained: list[bool] = field(default_factory=list)
-    values: list[list[float]] = field(default_factory=list)
-    returns: list[list[float]] = field(default_factory=list)
+    plan: StepPlan
+    positions: TokenValues
+    advantages: TokenValues
+    rewards: NDArray[np.float64]
+    is_trained: NDArray[np.bool_]
+    values: TokenValues | None = None
+    returns: TokenValues | None = None
 
-    def with_advantages(self, advantages: Sequence[Advantage]) -> TrainBatch:
-        """Return a copy with these advantages (one entry per rollout of the step)."""
-        minibatches = [
-            [replace(m, advantages=_on_tokens(m, advantages)) for m in minibatch] for minibatch in self.minibatches
-        ]
-        return replace(self, minibatches=minibatches, advantages=list(advantages))
+    def with_credit(self, credit: Credit, values: TokenValues | None = None) -> TrainBatch:
+        """Return a copy with these advantages; with a critic also with its values and its returns."""
+        rows = iter(zip(*(self._rows(each) for each in (credit.advantages, values, credit.returns)), strict=True))
+        minibatches = []
+        for minibatch in self.minibatches:
+            part = []
+            for microbatch in minibatch:
+                advantages, old_values, returns = next(rows)
+                assert advantages is not None
+                part.append(replace(microbatch, advantages=advantages, old_values=old_values, returns=returns))
+            minibatches.append(part)
+        return replace(
+            self, minibatches=minibatches, advantages=credit.advantages, values=values, returns=credit.returns
+        )
 
-    def with_values(self, values: Sequence[list[float]], returns: Sequence[list[float]]) -> TrainBatch:
-        """Return a copy with the critic's values and returns, one number per loss token of each rollout."""
-        minibatches = [
-            [replace(m, old_values=_on_tokens(m, values), returns=_on_tokens(m, returns)) for m in minibatch]
-            for minibatch in self.minibatches
-        ]
-        return replace(self, minibatches=minibatches, values=list(values), returns=list(returns))
+    def _rows(self, values: TokenValues | None) -> Sequence[Tensor | None]:
+        return [None] * len(self.microbatches) if values is None else token_rows(values, self.microbatches)
 
     def with_log_probs(self, *, old: Sequence[Tensor | None] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
         """Return a copy with log-probs: one [T] tensor per entry of `microbatches`; None (also an entry): unchanged."""
@@ -81,139 +93,139 @@ class TrainBatch:
             filled.append(part)
         return replace(self, minibatches=filled)
 
-    def of_minibatches(self, numbers: range) -> TrainBatch:
-        """Return a copy that has only these minibatches; the lists per rollout stay complete."""
-        return replace(self, minibatches=[self.minibatches[i] for i in numbers])
-
-    @property
-    def mean_advantages(self) -> list[float]:
-        """Mean advantage of each rollout over its loss tokens."""
-        return [statistics.fmean(a) if isinstance(a, list) else a for a in self.advantages]
-
     @property
     def microbatches(self) -> list[Microbatch]:
         """All microbatches, minibatch by minibatch."""
         return [m for minibatch in self.minibatches for m in minibatch]
 
-    def completion_values(self, values: Sequence[Tensor]) -> dict[int, list[float]]:
-        """Return {rollout id: values of its loss tokens} from one [T] tensor per microbatch."""
-        found: dict[int, list[float]] = {}
-        for row, microbatch in zip(values, self.microbatches, strict=True):
-            found |= unpack(row, microbatch)
-        return found
+    @property
+    def mean_advantages(self) -> NDArray[np.float64]:
+        """Mean advantage over its loss tokens of each rollout of this rank, ascending by rollout, [N]."""
+        return means_per_rollout(self.advantages)
+
+    def completion_values(self, values: Sequence[Tensor]) -> TokenValues:
+        """Return the values of the loss tokens of this rank's rollouts from one [T] tensor per microbatch."""
+        return unpack(values, self.microbatches)
 
 
 def build_batch(
     groups: SampledGroups,
-    rewards: Sequence[float | None],
+    rewards: NDArray[np.float64],
     train: TrainConfig,
     objective: Objective,
     *,
-    dp: int,
-    dp_rank: int,
+    transfer: RolloutTransfer,
     shape: RowShape,
+    cost: RolloutCost = RolloutCost(),  # noqa: B008 - frozen
 ) -> TrainBatch:
-    """Build this rank's rows with their advantages and token weights.
+    """Build this rank's rows with their advantages and token weights. Collective: the tokens move to this rank.
 
     Args:
-        groups: all rollouts of the step.
-        rewards: one per rollout, before the overlong penalty; None: the rollout could not be scored.
+        groups: the rollouts of the step.
+        rewards: [R], before the overlong penalty; NaN: the rollout could not be scored.
         train: number of minibatches and token budget of a row.
-        objective: computes advantages and weights. Advantages that need log-probs are set later (`with_advantages`).
-        dp: number of data-parallel ranks.
-        dp_rank: data-parallel rank of this rank.
+        objective: computes advantages and weights. Advantages that need log-probs are set later (`with_credit`).
+        transfer: moves rollouts between ranks.
         shape: multiples that the layout requires of row and segment lengths.
+        cost: operations of a rollout, by which ranks and rows are balanced.
 
     Raises:
         ValueError: a reward, a step value or an advantage is not finite.
+        UserError: a rollout is longer than a row.
     """
-    size = groups.group_size
+    size, table = groups.group_size, groups.table
     spans = [
         range(span.start * size, span.stop * size)
-        for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch)
+        for span in split_minibatches(table.num_groups, train.minibatches_per_epoch)
     ]
-    credit = objective.credit(groups, rewards, minibatches=spans)
-    minibatches = pack_minibatches(
-        groups.rollouts,
+    weights = objective.token_weights(groups, rewards, spans)
+    topology = transfer.ranks.topology
+    plan = plan_step(
+        table.num_tokens,
         spans,
-        credit.advantages,
-        credit.token_weights,
         max_tokens=train.max_tokens_per_microbatch,
-        dp=dp,
-        dp_rank=dp_rank,
+        dp=topology.dp,
         shape=shape,
+        cost=cost,
     )
-    return TrainBatch(minibatches, credit.advantages, list(rewards), credit.is_trained)
+    tokens = transfer.to_trainers(groups.tokens, table, plan.trainer)
+    positions = TokenValues(tokens.ids, tokens.on_loss_tokens(tokens.loss_mask).offsets, tokens.loss_positions)
+    credit = objective.credit(groups, rewards, OwnTokens(positions, gather=transfer.collectives.gather_losses))
+    minibatches = pack_rows(
+        plan,
+        transfer.ranks.at.dp_rank,
+        tokens,
+        credit.advantages,
+        weights.weights,
+        segment_multiple=shape.segment_multiple,
+    )
+    return TrainBatch(minibatches, plan, positions, credit.advantages, rewards, weights.is_trained)
 
 
-def pack_minibatches(
-    rollouts: Sequence[Rollout],
-    minibatches: Sequence[range],
-    advantages: Sequence[Advantage],
-    token_weights: Sequence[float],
-    *,
-    max_tokens: int,
-    dp: int,
-    dp_rank: int,
-    shape: RowShape,
-) -> list[list[Microbatch]]:
-    """Return this rank's rows of each minibatch. All rows of the step have the same length on all ranks.
+def kl_penalties(
+    objective: Objective, batch: TrainBatch, transfer: RolloutTransfer
+) -> tuple[TokenValues, NDArray[np.float64]]:
+    """Return the penalty of each loss token of this rank, and the sum of each rollout of the step, [R]. Collective.
+
+    The penalty is kl_coef times the KL divergence of the policy before the update from the reference.
 
     Args:
-        rollouts: all rollouts of the step.
-        minibatches: the rollouts of each update.
-        advantages: one entry per rollout.
-        token_weights: one number per rollout, for each of its loss tokens.
-        max_tokens: capacity of a row, in tokens.
-        dp: number of data-parallel ranks.
-        dp_rank: data-parallel rank of this rank.
-        shape: multiples that the layout requires of row and segment lengths.
-
-    Raises:
-        UserError: a rollout is longer than `max_tokens`.
+        objective: computes the divergence from the log-probs.
+        batch: rows with both log-probs on the last pipeline stage.
+        transfer: gives the other stages the penalties too, and adds over the ranks.
     """
-    lengths = [shape.padded(r.num_tokens) for r in rollouts]
-    plans = [plan_update([lengths[i] for i in ids], dp, max_tokens, shape.microbatch_multiple) for ids in minibatches]
-    rows = [
-        [ids[i] for i in row] for ids, plan in zip(minibatches, plans, strict=True) for rank in plan for row in rank
-    ]
-    longest = max(sum(lengths[i] for i in row) for row in rows)
-    row_tokens = -(-longest // shape.row_multiple) * shape.row_multiple
-    return [
-        [
-            pack(
-                [(ids[i], rollouts[ids[i]]) for i in row],
-                row_tokens=row_tokens,
-                advantages=[advantages[ids[i]] for i in row],
-                token_weights=[token_weights[ids[i]] for i in row],
-                pad_id=_PAD_ID,
-                segment_multiple=shape.segment_multiple,
-            )
-            for row in plan[dp_rank]
-        ]
-        for ids, plan in zip(minibatches, plans, strict=True)
-    ]
+    rows = [row for microbatch in batch.microbatches if (row := objective.kl(microbatch)) is not None]
+    kl = transfer.in_replica(batch.completion_values(rows) if rows else None, batch.positions)
+    penalties = kl.with_values(objective.algorithm.kl_coef * kl.values.astype(np.float64))
+    return penalties, transfer.sum_per_rollout(sums_per_rollout(penalties), kl.ids, len(batch.rewards))
 
 
-def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tensor:
-    """Return [T]: the numbers of each rollout on its loss tokens; 0 at all other positions."""
-    values = torch.zeros_like(microbatch.advantages)
-    bounds = microbatch.cu_seqlens.tolist()
-    for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
-        positions = microbatch.loss_mask[begin:end].nonzero().squeeze(1) + begin
-        values[positions] = torch.tensor(per_rollout[rollout_id], dtype=values.dtype, device=values.device)
-    return values
+def pack_rows(
+    plan: StepPlan,
+    dp_rank: int,
+    tokens: RolloutTokens,
+    advantages: TokenValues,
+    token_weights: NDArray[np.float64],
+    *,
+    segment_multiple: int,
+) -> list[list[Microbatch]]:
+    """Return the rows of a data-parallel rank, minibatch by minibatch.
 
-
-def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float | None]:
-    """Return the rewards in random order: a control run, which cannot learn the task from them.
-
-    Rollouts without a reward stay without.
+    Args:
+        plan: rows of all ranks.
+        dp_rank: data-parallel rank of the rows.
+        tokens: of exactly the rollouts of this rank.
+        advantages: of their loss tokens.
+        token_weights: [R] factor of the loss of each token of each rollout of the step.
+        segment_multiple: every segment is padded to a multiple of it.
     """
-    values = [r.value for r in rewards if r.value is not None]
+
+    def row(ids: list[int]) -> Microbatch:
+        places = np.searchsorted(tokens.ids, np.array(ids, dtype=np.int64))
+        chosen = ragged_index(advantages.offsets[:-1][places], advantages.counts[places])
+        return pack(
+            tokens.select(places),
+            row_tokens=plan.row_tokens,
+            advantages=advantages.values[chosen],
+            token_weights=token_weights[ids],
+            pad_id=_PAD_ID,
+            segment_multiple=segment_multiple,
+        )
+
+    return [[row(ids) for ids in ranks[dp_rank]] for ranks in plan.minibatches]
+
+
+def shuffled_rewards(rewards: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Return the rewards [R] in random order: a control run, which cannot learn the task from them.
+
+    Rollouts without a reward (NaN) stay without.
+    """
+    known = ~np.isnan(rewards)
+    values: list[Any] = rewards[known].tolist()
     random.Random(seed).shuffle(values)
-    shuffled = iter(values)
-    return [None if r.value is None else next(shuffled) for r in rewards]
+    shuffled = rewards.copy()
+    shuffled[known] = values
+    return shuffled
 
 
 def explain_batch(config: Config, topology: Topology) -> str:

@@ -16,10 +16,12 @@ from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.data.row_plan import RolloutCost
 from grpo_mega.engines.factory import make_engine as make_configured_engine
 from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import Critic, Engine, WeightSource
+from grpo_mega.models.flops import attention_flops, weights_per_token
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.observe.atomic_files import to_json, write_atomically
@@ -30,6 +32,7 @@ from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunFolder, RunState
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.heartbeat import heartbeat_of_this_rank
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import StopRequests
@@ -47,6 +50,7 @@ from grpo_mega.trainer.loop import TrainerState, push_weights, train
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, table_lines
@@ -123,8 +127,7 @@ def building(
         timers = PhaseTimer(phase_listener(peaks, progress), heartbeat=heartbeat_of_this_rank())
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
-            objective = Objective(config.algorithm, config.sampling.max_tokens)
-            workers = start_workers(config, ranks, stack)
+            workers, collectives = start_workers(config, ranks, stack), ArrayCollectives(ranks)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.needs_reference)
             phases = Phases(policy, engine_elsewhere=config.engine.placement == "server")
             critic = _make_critic(config, spec, model_folder, phases, ranks)
@@ -140,8 +143,8 @@ def building(
                 sync = make_sync(config, policy, engine, ranks)
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             answers = AnswerTimes(lambda: timers.current == "rollout")
-            sampler = make_sampler(config, engine, workers, ranks, timers, model_folder, answers)
-        evaluator = make_evaluator(config, sampler, held_out)
+            sampler = make_sampler(config, engine, workers, collectives, timers, model_folder, answers)
+        evaluator = make_evaluator(config, sampler, held_out, collectives)
         shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, writer, model_folder)
         observer = make_observer(shown, ranks, stack, own_work(policy, critic, answers))
         if progress is not None:
@@ -152,7 +155,7 @@ def building(
             groups=GroupSource(sampler, prompts, config),
             policy=policy,
             critic=critic,
-            objective=objective,
+            objective=Objective(config.algorithm, config.sampling.max_tokens),
             phases=phases,
             sync=sync,
             saves=make_saves(config, ranks, checkpoints, stops, timers, progress, writer),
@@ -160,8 +163,15 @@ def building(
             timers=timers,
             observer=observer,
             mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
+            transfer=RolloutTransfer(collectives),
+            cost=rollout_cost(spec),
         )
         yield BuiltJob(job, run, model_folder, state, policy, writer)
+
+
+def rollout_cost(spec: ModelSpec) -> RolloutCost:
+    """Return the operations of the forward pass over a rollout, by which the work of ranks and rows is balanced."""
+    return RolloutCost(linear=2 * weights_per_token(spec).total, quadratic=attention_flops(spec, [1]))
 
 
 def _make_critic(
@@ -261,13 +271,16 @@ def make_engine(config: Config, model_folder: Path, logs: Path, stack: ExitStack
     return engine
 
 
-def make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | None) -> Evaluator:
+def make_evaluator(
+    config: Config, sampler: Sampler, held_out: PromptDataset | None, collectives: ArrayCollectives
+) -> Evaluator:
     """Return the evaluator of the held-out sets; without any, it only tells which rewards mean a right answer.
 
     Args:
         config: sections evaluation, sampling, run and reward.
         sampler: of this rank.
         held_out: prompts of the evaluation, or None.
+        collectives: of this rank.
     """
     return Evaluator(
         sampler,
@@ -276,6 +289,7 @@ def make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | N
         config.evaluation.max_tokens or config.sampling.max_tokens,
         config.run.seed,
         full_marks(build_rewards(config.reward.terms)),
+        collectives.sum,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes
 from grpo_mega.trainer.reporter import Observer, RankObserver, RunReporter, TrainingData
 from grpo_mega.trainer.rollout_parts import RolloutParts, writes_rollouts
+from grpo_mega.trainer.step_metrics import IsRight
 from grpo_mega.trainer.work_metrics import WorkMetrics
-from grpo_mega.types import Reward
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Shown:
     peaks: PhasePeaks
     progress: Progress | None
     data: TrainingData
-    is_right: Callable[[Reward], bool]
+    is_right: IsRight
     spec: ModelSpec
     writer: BackgroundWriter
     """Writes metrics and rollouts of this rank."""

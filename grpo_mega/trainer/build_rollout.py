@@ -16,6 +16,7 @@ from grpo_mega.environments.base import build_environment
 from grpo_mega.environments.pool import EnvironmentPool
 from grpo_mega.interfaces import Engine
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rewards.base import RewardComponent, build_rewards
 from grpo_mega.rewards.pool import RewardPool
@@ -60,7 +61,7 @@ def make_sampler(
     config: Config,
     engine: Engine,
     workers: Workers,
-    ranks: Ranks,
+    collectives: ArrayCollectives,
     timers: PhaseTimer,
     model_folder: Path,
     answers: AnswerTimes | None = None,
@@ -71,7 +72,7 @@ def make_sampler(
         config: sections sampling, environment, reward and algorithm.
         engine: of this rank.
         workers: of `start_workers`.
-        ranks: coordinates of this rank.
+        collectives: of this rank.
         timers: timer of the phase `reward`.
         model_folder: holds the tokenizer.
         answers: collects the times of this rank's rollouts; None: they are not measured.
@@ -79,7 +80,7 @@ def make_sampler(
     timers.count_progress(lambda: engine.steps)
     generator: Generator = engine
     if config.environment is not None:
-        generator = _multi_turn_generator(config, engine, workers, ranks, model_folder)
+        generator = _multi_turn_generator(config, engine, workers, collectives.ranks, model_folder)
     ends_of = special_text_of = None
     if config.algorithm.advantage in ("process", "gae") and not config.reward.shuffle:  # shuffled rewards have no steps
         ends_of = partial(token_ends, load_tokenizer(model_folder))
@@ -90,7 +91,8 @@ def make_sampler(
     per_wave = config.sampling.prompts_per_wave
     if answers is not None:
         generator = MeasuredGenerator(generator, answers)
-    return Sampler(generator, workers.rewards, ranks, timers, per_wave, floor_of, ends_of, special_text_of)
+    names = [component.name for component in components]
+    return Sampler(generator, workers.rewards, collectives, timers, per_wave, names, floor_of, ends_of, special_text_of)
 
 
 def _multi_turn_generator(

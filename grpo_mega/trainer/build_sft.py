@@ -9,13 +9,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.example_dataset import ExampleDataset
+from grpo_mega.data.rollout_table import RolloutTable
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.digest import combined_digest
 from grpo_mega.models.parameter_tables import keeps_float32
@@ -26,6 +29,7 @@ from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunFolder, RunState
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.heartbeat import heartbeat_of_this_rank
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import StopRequests
@@ -44,7 +48,6 @@ from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.example_batch import explain_examples
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.sft_loop import EngineSide, SftState, train_on_examples
-from grpo_mega.types import Reward
 from grpo_mega.weight_sync.digest_comparison import source_digests
 
 log = logging.getLogger(__name__)
@@ -156,16 +159,16 @@ def _build_engine_side(
     stack: ExitStack,
 ) -> EngineSide:
     """Start the engine and the reward workers, and connect the engine with the policy. Collective."""
-    workers = start_workers(config, ranks, stack)
+    workers, collectives = start_workers(config, ranks, stack), ArrayCollectives(ranks)
     engine = phases.start_engine(lambda: make_engine(config, model_folder, folder.logs, stack))
     quiet_libraries()
     with phases.reading_weights():
         sync = make_sync(config, policy, engine, ranks)
         report_fp8(config, policy, folder, is_first=ranks.is_first)
-    sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
-    return EngineSide(config, phases, sync, make_evaluator(config, sampler, held_out), timers)
+    sampler = make_sampler(config, engine, workers, collectives, timers, model_folder)
+    return EngineSide(config, phases, sync, make_evaluator(config, sampler, held_out, collectives), timers)
 
 
-def _never(_: Reward) -> bool:
-    """Return False: without an evaluation no answer is scored."""
-    return False
+def _never(table: RolloutTable) -> NDArray[np.bool_]:
+    """Return False for each rollout: without an evaluation no answer is scored."""
+    return np.zeros(len(table), np.bool_)

@@ -11,22 +11,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from grpo_mega.algorithm.aggregate import token_mean_weights
 from grpo_mega.config.schema import Config, TrainConfig
 from grpo_mega.data.example_dataset import Example, ExampleDataset
-from grpo_mega.data.pack import RowShape, split_minibatches
+from grpo_mega.data.rollout_tokens import NOT_SAMPLED, RolloutTokens, offsets_of
+from grpo_mega.data.row_plan import RowShape, plan_step, split_minibatches
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.trainer.batch import TrainBatch, pack_minibatches
-from grpo_mega.types import Completion, Prompt, Reward, Rollout
+from grpo_mega.trainer.batch import TrainBatch, pack_rows
 
 
-def as_rollout(example: Example) -> Rollout:
-    """Return the example in the form in which rows are packed; text, reward and sampler log-probs are empty."""
-    begin = example.loss_mask.index(1)
-    token_ids = tuple(example.token_ids)
-    mask = tuple(map(bool, example.loss_mask[begin:]))
-    completion = Completion(token_ids[begin:], (0.0,) * len(mask), "eos", 0, "", loss_mask=None if all(mask) else mask)
-    return Rollout(Prompt(example.index, "", token_ids[:begin], ""), completion, Reward(None), 0)
+def example_tokens(examples: Sequence[Example], ids: Sequence[int]) -> RolloutTokens:
+    """Return some examples in the form in which rows are packed; the sampler's log-probs are 0.
+
+    Args:
+        examples: of the step.
+        ids: positions in `examples`, ascending.
+    """
+    chosen = [examples[i] for i in ids]
+    lengths = np.array([len(example.token_ids) for example in chosen], dtype=np.int64)
+    columns = [np.asarray(example.token_ids, dtype=np.int32) for example in chosen]
+    masks = [np.frombuffer(example.loss_mask, dtype=np.bool_) for example in chosen]
+    total = int(lengths.sum())
+    return RolloutTokens(
+        np.array(ids, dtype=np.int64),
+        offsets_of(lengths),
+        np.array([mask.argmax() for mask in masks], dtype=np.int64),
+        np.concatenate([np.zeros(0, np.int32), *columns]),
+        np.zeros(total, np.float32),
+        np.concatenate([np.zeros(0, np.bool_), *masks]),
+        np.full(total, NOT_SAMPLED, np.int32),
+    )
 
 
 def build_example_batch(
@@ -46,17 +62,13 @@ def build_example_batch(
     """
     spans = split_minibatches(len(examples), train.minibatches_per_epoch)
     weights = [w for span in spans for w in token_mean_weights([examples[i].num_loss_tokens for i in span])]
-    rows = pack_minibatches(
-        [as_rollout(example) for example in examples],
-        spans,
-        [0.0] * len(examples),
-        weights,
-        max_tokens=train.max_tokens_per_microbatch,
-        dp=dp,
-        dp_rank=dp_rank,
-        shape=shape,
-    )
-    return TrainBatch(rows, [0.0] * len(examples))
+    lengths = np.array([len(example.token_ids) for example in examples], dtype=np.int64)
+    plan = plan_step(lengths, spans, max_tokens=train.max_tokens_per_microbatch, dp=dp, shape=shape)
+    tokens = example_tokens(examples, np.flatnonzero(plan.trainer == dp_rank).tolist())
+    zeros = tokens.on_loss_tokens(tokens.sampler_log_probs)
+    rows = pack_rows(plan, dp_rank, tokens, zeros, np.array(weights), segment_multiple=shape.segment_multiple)
+    unscored = np.full(len(examples), np.nan)
+    return TrainBatch(rows, plan, zeros, zeros, unscored, np.ones(len(examples), np.bool_))
 
 
 def explain_examples(config: Config, topology: Topology, examples: ExampleDataset) -> str:

@@ -8,31 +8,37 @@ Asserted by tests/unit/trainer/test_loop.py and tests/e2e/test_resume.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch.distributed as dist
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from grpo_mega.algorithm.base import OwnTokens
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.schema import Config
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.pack import unpack
+from grpo_mega.data.rollout_table import RolloutTable
+from grpo_mega.data.row_plan import RolloutCost, RowShape
 from grpo_mega.interfaces import Critic, Policy, TokenLoss
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
-from grpo_mega.rollout.sampler import SampledGroups, derived_seed
-from grpo_mega.trainer.batch import TrainBatch, build_batch, shuffled_rewards
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.rollout.sampler import derived_seed
+from grpo_mega.trainer.batch import TrainBatch, build_batch, kl_penalties, shuffled_rewards
 from grpo_mega.trainer.learning_rate import LearningRateSchedule
-from grpo_mega.trainer.mismatch_guard import MismatchGuard, with_known
+from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.step_metrics import StepResult
-from grpo_mega.types import UpdateStats
+from grpo_mega.trainer.token_metrics import token_metrics
+from grpo_mega.types import TokenValues, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 
 
@@ -40,7 +46,8 @@ from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 class TrainerState:
     """Objects of one run on this rank.
 
-    `evaluator` is None without held-out prompts. `critic` is None unless `algorithm.advantage` is gae.
+    `evaluator` is None without held-out prompts. `critic` is None unless `algorithm.advantage` is gae. `cost` has the
+    operations of a rollout, by which the work is balanced.
     """
 
     config: Config
@@ -56,6 +63,8 @@ class TrainerState:
     timers: PhaseTimer
     observer: Observer
     mismatch_guard: MismatchGuard
+    transfer: RolloutTransfer
+    cost: RolloutCost = field(default_factory=RolloutCost)
 
 
 def train(job: TrainerState, state: LoopState) -> LoopState:
@@ -81,8 +90,9 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
             with timers.phase("train"):
                 batch, updates = update(job, objective.loss(), batch, state.policy_version)
                 update_reference_if_due(job, step)
-            old_log_probs = gather_old_log_probs(job, batch)
-        job.mismatch_guard.check(step, *with_known(groups.rollouts, old_log_probs), job.sync.describe_checks())
+            old_log_probs = sampled_old_log_probs(job, batch, groups.table)
+        differences, gather = Differences.of(groups.tokens, old_log_probs), job.transfer.collectives.gather
+        job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
         job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
         synced = push_weights(job, state)
@@ -90,7 +100,18 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         kl_coef = objective.algorithm.kl_coef
         waited = job.saves.wait_seconds
         result = StepResult(
-            step, groups, batch, old_log_probs, updates, synced, kl_coef, critic_updates, state_bytes(job), waited
+            step,
+            groups,
+            batch,
+            old_log_probs,
+            mean_advantages(job, batch),
+            updates,
+            synced,
+            kl_coef,
+            token_metrics(differences, groups, batch, job.transfer),
+            critic_updates,
+            state_bytes(job),
+            waited,
         )
         job.observer.step(result)
         job.saves.end_step(step)
@@ -98,28 +119,28 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
 
 
 def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
-    """Build this rank's packed rows with advantages and token weights.
+    """Build this rank's packed rows with advantages and token weights. Collective.
 
     Args:
         job: config and coordinates of this rank.
         objective: computes advantages and token weights.
-        groups: all rollouts of the step.
+        groups: rollouts of the step.
         step: number of the step, the seed of `reward.shuffle`.
 
     Raises:
         ValueError: a reward, a step value or an advantage is not finite.
     """
-    rewards = [r.reward for r in groups.rollouts]
-    shuffle_seed = derived_seed("shuffle", job.config.run.seed, step)
-    values = shuffled_rewards(rewards, shuffle_seed) if job.config.reward.shuffle else [r.value for r in rewards]
+    rewards = groups.table.reward
+    if job.config.reward.shuffle:
+        rewards = shuffled_rewards(rewards, derived_seed("shuffle", job.config.run.seed, step))
     return build_batch(
         groups,
-        values,
+        rewards,
         job.config.train,
         objective,
-        dp=job.ranks.topology.dp,
-        dp_rank=job.ranks.at.dp_rank,
+        transfer=job.transfer,
         shape=RowShape.of(job.config.parallel, job.config.precision),
+        cost=job.cost,
     )
 
 
@@ -151,7 +172,7 @@ def update_critic(
         job: critic, phases and timers.
         objective: computes advantages, returns and the critic's loss.
         batch: rows with the log-probs of the policy and of the reference, [T] in nats.
-        groups: all rollouts of the step.
+        groups: rollouts of the step.
         policy_version: number of updates before this step, which selects the learning rate.
 
     Returns:
@@ -160,17 +181,20 @@ def update_critic(
     Raises:
         RuntimeError: the critic's loss or gradient is not finite.
     """
-    kl = None
+    own = OwnTokens(batch.positions, gather=job.transfer.collectives.gather_losses)
+    totals = None
     if objective.kl_in_reward:
-        kl = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
+        penalties, totals = kl_penalties(objective, batch, job.transfer)
+        own = replace(own, penalties=penalties)
     if job.critic is None:
-        if kl is not None:
-            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl).advantages)
+        if totals is not None:
+            batch = batch.with_credit(objective.credit(groups, batch.rewards, own, totals))
         return batch, []
     with job.phases.valuing(), job.timers.phase("critic"):
-        values = gather_by_rollout(job, batch, job.critic.values(batch.microbatches) or ())
-        credit = objective.credit(groups, batch.rewards, kl, values)
-        batch = batch.with_advantages(credit.advantages).with_values(values, credit.returns)
+        rows_of_values = job.critic.values(batch.microbatches)
+        found = None if rows_of_values is None else batch.completion_values(rows_of_values)
+        values = job.transfer.in_replica(found, batch.positions)
+        batch = batch.with_credit(objective.credit(groups, batch.rewards, replace(own, values=values), totals), values)
         loss, stats = objective.value_loss(), list[UpdateStats]()
         schedule = LearningRateSchedule.of(job.config.optimizer, job.config.train)
         for _ in range(job.config.train.epochs_per_rollout):
@@ -290,35 +314,23 @@ def evaluate_if_due(job: TrainerState, step: int) -> None:
         job.observer.evaluated(evaluation)
 
 
-def gather_old_log_probs(job: TrainerState, batch: TrainBatch) -> list[list[float] | None]:
-    """Gather the log-probs of the policy that sampled, nats, one list of loss tokens per rollout of the step.
+def sampled_old_log_probs(job: TrainerState, batch: TrainBatch, table: RolloutTable) -> TokenValues:
+    """Return the log-probs of the policy that sampled, nats, of the rollouts that this rank sampled. Collective.
 
-    With `algorithm.old_log_probs=sampler` they are known for the first minibatch only; the others are None.
+    With `algorithm.old_log_probs=sampler` they are known for the first minibatch only, and the others are left out.
     """
+    trainer, microbatches = batch.plan.trainer, batch.microbatches
     if job.config.algorithm.old_log_probs == "sampler":
-        batch = batch.of_minibatches(range(1))
-    found = _gather(job, batch, [m.old_log_probs for m in batch.microbatches])
-    return [found.get(i) for i in range(len(batch.advantages))]
+        trainer = np.where(batch.plan.minibatch == 0, trainer, -1)
+        microbatches = batch.minibatches[0]
+    found = None
+    if job.ranks.is_last_stage:
+        rows = [m.old_log_probs for m in microbatches]
+        assert all(row is not None for row in rows), "the last pipeline stage lacks the log-probs of a microbatch"
+        found = unpack([row for row in rows if row is not None], microbatches)
+    return job.transfer.to_samplers(found, table, trainer)
 
 
-def gather_by_rollout(job: TrainerState, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
-    """Gather one [T] tensor per microbatch into one list of loss tokens per rollout of the step, on every rank."""
-    found = _gather(job, batch, values)
-    return [found[i] for i in range(len(batch.advantages))]
-
-
-def _gather(job: TrainerState, batch: TrainBatch, values: Sequence[Tensor | None]) -> dict[int, list[float]]:
-    """Return {rollout id: values of its loss tokens} of the microbatches of all ranks."""
-    mine: dict[int, list[float]] = {}
-    if job.ranks.is_last_stage and (job.ranks.at.tp_rank, job.ranks.at.cp_rank) == (0, 0):
-        mine = batch.completion_values(_present(values))
-    parts: list[dict[int, list[float]]] = [mine]
-    if job.ranks.topology.world_size > 1:
-        parts = [{} for _ in range(job.ranks.topology.world_size)]
-        dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
-    assert all(v is not None for v in values), "the last pipeline stage lacks the log-probs of a microbatch"
-    return [v for v in values if v is not None]
+def mean_advantages(job: TrainerState, batch: TrainBatch) -> NDArray[np.float64]:
+    """Return the mean advantage of each rollout of the step over its loss tokens, [R]. Collective."""
+    return job.transfer.sum_per_rollout(batch.mean_advantages, batch.positions.ids, len(batch.rewards))

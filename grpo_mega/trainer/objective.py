@@ -1,16 +1,17 @@
 """The config section `algorithm` as functions: advantages, token weights and the loss per token.
 
-All global quantities are computed here. The rollouts of a step are equal on every rank, so advantages and denominators
-are equal too, and they are known before the first microbatch.
+All global quantities are computed here, from the table of the step's rollouts, which is equal on every rank. So token
+weights with their denominators are equal too, and they are known before the first microbatch.
 Asserted by tests/unit/trainer/test_objective.py and tests/unit/algorithm/test_algorithms.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from grpo_mega.algorithm.adaptive_kl import adapted_kl_coef
@@ -20,33 +21,40 @@ from grpo_mega.algorithm.aggregate import (
     rollout_sum_weights,
     token_mean_weights,
 )
-from grpo_mega.algorithm.base import Advantage, StepRewards
+from grpo_mega.algorithm.base import OwnTokens, StepRewards, StepValues
 from grpo_mega.algorithm.kl import KL_ESTIMATORS
 from grpo_mega.algorithm.loss import PolicyLoss
 from grpo_mega.algorithm.mismatch_correction import Correction
 from grpo_mega.algorithm.value_loss import ValueLoss
 from grpo_mega.config.algorithm_parts import bound_part
 from grpo_mega.config.algorithm_section import AlgorithmConfig
-from grpo_mega.rollout.sampler import SampledGroups
-from grpo_mega.types import Microbatch, Rollout, UpdateStats
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.types import Microbatch, TokenValues, UpdateStats
+
+
+@dataclass(frozen=True)
+class TokenWeights:
+    """Weights of the rollouts in the updates of a step; equal on every rank.
+
+    Attributes:
+        weights: [R] float64, factor of the loss of each token of the rollout, which contains all denominators of its
+            update; 0 where nothing is trained.
+        is_trained: [R] bool, False for filtered rollouts, rollouts without a reward and rollouts of dropped groups.
+    """
+
+    weights: NDArray[np.float64]
+    is_trained: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Credit:
-    """Training signal of a step: what every rollout contributes to the updates. Each list has one entry per rollout.
+    """Advantages of the rollouts that this rank trains, and the critic's targets, one number per loss token.
 
-    Attributes:
-        advantages: a number for all loss tokens of the rollout, or one number per loss token.
-        token_weights: factor of the loss of each token of the rollout, which contains all denominators of its update;
-            0 where nothing is trained.
-        is_trained: False for filtered rollouts, rollouts without a reward and rollouts of dropped groups.
-        returns: targets of the critic, one number per loss token; empty without `values`.
+    `returns` is None without a critic.
     """
 
-    advantages: list[Advantage]
-    token_weights: list[float]
-    is_trained: list[bool]
-    returns: list[list[float]] = field(default_factory=list)
+    advantages: TokenValues
+    returns: TokenValues | None = None
 
 
 @dataclass(frozen=True)
@@ -75,54 +83,82 @@ class Objective:
         """True if the advantages include the KL penalty of every token."""
         return self.algorithm.kl_in == "reward" and self.algorithm.needs_reference
 
+    def token_weights(
+        self, groups: SampledGroups, rewards: NDArray[np.float64], minibatches: Sequence[range] | None = None
+    ) -> TokenWeights:
+        """Return the token weights of a step. Every rank computes the same result.
+
+        Dropped groups and rollouts without a reward are not counted by the denominators. Filtered rollouts are counted,
+        with 0 tokens.
+
+        Args:
+            groups: the rollouts of the step; only their table is read.
+            rewards: [R]. NaN: the rollout could not be scored; it has weight 0.
+            minibatches: the rollouts of each update, whole groups in order; None: one update of all rollouts.
+
+        Source: overlong filtering and dynamic sampling: DAPO, arXiv:2503.14476, sections "Hide and Seek: Overlong
+            Reward Shaping" and "The More the Merrier: Dynamic Sampling".
+        """
+        table, size = groups.table, groups.group_size
+        counted = ~np.isnan(rewards)
+        if self.algorithm.degenerate != "keep":
+            counted &= ~np.repeat(groups.degenerate, size)
+        is_trained = counted & ~(table.is_truncated if self.algorithm.overlong_filter else np.zeros(len(table), bool))
+        tokens = np.where(is_trained, table.loss_tokens, 0)
+        if self.algorithm.aggregation == "group_token_mean":  # whole groups, whose unscored rollouts have 0 tokens
+            counted = np.repeat(counted.reshape(-1, size).any(axis=1), size)
+        weights = np.zeros(len(table))
+        for ids in minibatches if minibatches is not None else [range(len(table))]:
+            kept = np.flatnonzero(counted[ids.start : ids.stop]) + ids.start
+            weights[kept] = self._weights(tokens[kept].tolist(), size)
+        return TokenWeights(weights, is_trained)
+
     def credit(
         self,
         groups: SampledGroups,
-        rewards: Sequence[float | None],
-        kl: Sequence[Sequence[float]] | None = None,
-        values: Sequence[Sequence[float]] | None = None,
-        *,
-        minibatches: Sequence[range] | None = None,
+        rewards: NDArray[np.float64],
+        own: OwnTokens,
+        total_penalties: NDArray[np.float64] | None = None,
     ) -> Credit:
-        """Return the advantages, token weights and returns of a step. Every rank computes the same result.
+        """Return the advantages and returns of the tokens that this rank trains. Collective.
 
-        The order is: overlong penalty on the rewards, advantages, token weights of each update.
+        The order is: overlong penalty on the rewards, then advantages.
 
         Args:
-            groups: all rollouts of the step.
-            rewards: one per rollout, before the overlong penalty. None: the rollout could not be scored; it has
-                advantage 0 and weight 0, and no mean or denominator counts it.
-            kl: with `kl_in_reward`, the KL divergence of each loss token, in nats. kl_coef times their sum is
-                subtracted from the reward of the rollout; advantage=batch and advantage=gae subtract it token by token.
-                None before the log-probs are known.
-            values: with a critic, the value of each loss token before the token was sampled. Until they are known the
-                advantages of advantage=gae are 0.
-            minibatches: the rollouts of each update, whole groups in order; None: one update of all rollouts.
+            groups: the rollouts of the step; only their table is read.
+            rewards: [R], before the overlong penalty. NaN: the rollout could not be scored; it has advantage 0, and no
+                mean counts it.
+            own: loss tokens of this rank. With `kl_in_reward` and once the log-probs are known, it has the penalties:
+                kl_coef times the KL divergence of each token, which advantage=batch and advantage=gae subtract token
+                by token. With a critic it has its values; until they are known the advantages of advantage=gae are 0.
+            total_penalties: [R] sum of the penalties of each rollout, which the other estimators subtract from its
+                reward.
 
         Raises:
             ValueError: a reward, a step value or an advantage is not finite.
         """
-        shaped = self._shape(groups, rewards)
-        scored = [reward is not None for reward in rewards]
-        penalties = [[self.algorithm.kl_coef * k for k in row] for row in kl] if kl is not None else None
+        table, scored = groups.table, ~np.isnan(rewards)
+        steps = None
+        if table.has_steps.any():
+            steps = StepValues(table.has_steps, table.step_offsets, table.step_ends, table.step_values, table.reward)
         step = StepRewards(
-            groups.rollouts, _without_gaps(shaped, groups.group_size), groups.group_size, penalties, values, scored
+            _without_gaps(self._shape(groups, rewards), table.group_size),
+            table.group_size,
+            scored,
+            total_penalties,
+            table.completion_tokens,
+            steps,
+            own,
         )
         estimates = bound_part("advantage", self.algorithm)(step)
-        updates = minibatches if minibatches is not None else [range(len(groups.rollouts))]
-        weights = {i: w for ids in updates for i, w in zip(ids, self._token_weights(groups, scored, ids), strict=True)}
-        return Credit(
-            [a if has else _zero_like(a) for a, has in zip(estimates.advantages, scored, strict=True)],
-            [weights[i] for i in range(len(groups.rollouts))],
-            [
-                has and not self._is_filtered(rollout) and not self._is_dropped(groups, i // groups.group_size)
-                for i, (rollout, has) in enumerate(zip(groups.rollouts, scored, strict=True))
-            ],
-            estimates.returns,
-        )
+        advantages = estimates.advantages
+        if not isinstance(advantages, TokenValues):
+            advantages = own.positions.with_values(own.repeat(np.asarray(advantages, dtype=np.float64)))
+        known = np.where(own.repeat(scored), advantages.values, 0.0)
+        return Credit(advantages.with_values(known), estimates.returns)
 
-    def _shape(self, groups: SampledGroups, rewards: Sequence[float | None]) -> list[float | None]:
-        """Return the rewards minus the soft overlong penalty; None stays None.
+    def _shape(self, groups: SampledGroups, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the rewards minus the soft overlong penalty.
 
         The penalty is 0 up to max_tokens - buffer tokens. From there it rises linearly to overlong_penalty at
         max_tokens.
@@ -132,15 +168,10 @@ class Objective:
         """
         fraction = self.algorithm.overlong_buffer_fraction
         if fraction is None:
-            return list(rewards)
+            return rewards
         buffer = fraction * self.max_tokens
-        lengths = [len(r.completion.token_ids) for r in groups.rollouts]
-        return [
-            None
-            if reward is None
-            else reward - self.algorithm.overlong_penalty * max(0.0, length - (self.max_tokens - buffer)) / buffer
-            for reward, length in zip(rewards, lengths, strict=True)
-        ]
+        beyond = np.maximum(0.0, groups.table.completion_tokens - (self.max_tokens - buffer))
+        return np.asarray(rewards - self.algorithm.overlong_penalty * beyond / buffer)
 
     def value_loss(self) -> ValueLoss:
         """Return the critic's loss per token."""
@@ -192,55 +223,21 @@ class Objective:
             "group_token_mean": "mean over a group's completion tokens, then mean over the update's groups",
         }[self.algorithm.aggregation]
 
-    def _token_weights(self, groups: SampledGroups, scored: Sequence[bool], ids: Sequence[int]) -> list[float]:
-        """Return one weight per rollout of an update that consists of the rollouts `ids`.
-
-        Dropped groups and rollouts without a reward are not counted by the denominators. Filtered rollouts are counted,
-        with 0 tokens.
-
-        Source: overlong filtering and dynamic sampling: DAPO, arXiv:2503.14476, sections "Hide and Seek: Overlong
-            Reward Shaping" and "The More the Merrier: Dynamic Sampling".
-        """
-        size = groups.group_size
+    def _weights(self, counts: Sequence[int], group_size: int) -> list[float]:
+        """Return the weight of each rollout of an update from the numbers of loss tokens."""
         mode = self.algorithm.aggregation
-        kept = [i for i in ids if scored[i] and not self._is_dropped(groups, i // size)]
-        if mode == "group_token_mean":  # whole groups, in which rollouts without a reward have 0 tokens
-            with_reward = {i // size for i in kept}
-            kept = [i for i in ids if i // size in with_reward]
-        counts = [
-            groups.rollouts[i].completion.num_loss_tokens
-            if scored[i] and not self._is_filtered(groups.rollouts[i])
-            else 0
-            for i in kept
-        ]
         if mode == "rollout_mean":
-            weights = rollout_mean_weights(counts)
-        elif mode == "token_mean":
-            weights = token_mean_weights(counts)
-        elif mode == "group_token_mean":
-            weights = group_token_mean_weights(counts, size)
-        else:
-            weights = rollout_sum_weights(counts, self.algorithm.aggregation_length or self.max_tokens)
-        found = dict(zip(kept, weights, strict=True))
-        return [found.get(i, 0.0) for i in ids]
-
-    def _is_filtered(self, rollout: Rollout) -> bool:
-        return self.algorithm.overlong_filter and rollout.completion.stop_reason == "length"
-
-    def _is_dropped(self, groups: SampledGroups, group: int) -> bool:
-        return self.algorithm.degenerate != "keep" and groups.is_degenerate(group)
+            return rollout_mean_weights(counts)
+        if mode == "token_mean":
+            return token_mean_weights(counts)
+        if mode == "group_token_mean":
+            return group_token_mean_weights(counts, group_size)
+        return rollout_sum_weights(counts, self.algorithm.aggregation_length or self.max_tokens)
 
 
-def _without_gaps(rewards: Sequence[float | None], group_size: int) -> list[float]:
-    """Return the rewards with the mean of the group in place of None; 0 in a group without rewards."""
-    found: list[float] = []
-    for begin in range(0, len(rewards), group_size):
-        group = rewards[begin : begin + group_size]
-        known = [reward for reward in group if reward is not None]
-        mean = math.fsum(known) / len(known) if known else 0.0
-        found += [mean if reward is None else reward for reward in group]
-    return found
-
-
-def _zero_like(advantage: Advantage) -> Advantage:
-    return [0.0] * len(advantage) if isinstance(advantage, list) else 0.0
+def _without_gaps(rewards: NDArray[np.float64], group_size: int) -> NDArray[np.float64]:
+    """Return the rewards with the mean of the group in place of NaN; 0 in a group without rewards."""
+    matrix = rewards.reshape(-1, group_size)
+    counts = (~np.isnan(matrix)).sum(axis=1)
+    means = np.nansum(matrix, axis=1) / np.maximum(counts, 1)
+    return np.where(np.isnan(matrix), means[:, None], matrix).reshape(-1)

@@ -6,9 +6,8 @@ The first rank of each engine replica writes its rollouts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,9 +33,8 @@ from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.rollout_parts import RolloutParts
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
-from grpo_mega.trainer.step_metrics import StepResult
+from grpo_mega.trainer.step_metrics import IsRight, StepResult
 from grpo_mega.trainer.work_metrics import WorkMetrics
-from grpo_mega.types import Reward
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +128,7 @@ class RunReporter:
         peaks: peak device memory of each phase, in bytes.
         progress: display on the terminal.
         data: training prompts or examples.
-        is_right: returns True if a reward means a right answer.
+        is_right: returns True for each rollout whose reward means a right answer.
         ranks: measurements of all ranks and nodes.
         work: operations of the updates, and MFU.
         writer: writes the files in the background.
@@ -147,7 +145,7 @@ class RunReporter:
         peaks: PhasePeaks,
         progress: Progress,
         data: TrainingData,
-        is_right: Callable[[Reward], bool],
+        is_right: IsRight,
         ranks: RankReporter,
         work: WorkMetrics,
         writer: BackgroundWriter,
@@ -198,10 +196,10 @@ class RunReporter:
             self._metrics.show_rollouts(self._parts.write(result))
         metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
         sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
-        lengths = [r.num_tokens for r in result.groups.rollouts]
-        trained = list(compress(lengths, result.batch.is_trained))
+        lengths = result.groups.table.num_tokens
+        trained = lengths[result.batch.is_trained].tolist()
         work = self._work.of_step(trained, [len(rows) for rows in result.batch.minibatches], times)
-        self._write_line(result.step, sum(lengths), {**metrics, **sampled, **work}, times, reports)
+        self._write_line(result.step, int(lengths.sum()), {**metrics, **sampled, **work}, times, reports)
         self._write(steps=result.step, policy_digest=result.sync.policy_digest)
 
     def example_step(self, result: ExampleStepResult) -> None:

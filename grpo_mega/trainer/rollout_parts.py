@@ -5,26 +5,31 @@ Asserted by tests/unit/trainer/test_rollout_parts.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from grpo_mega.config.schema import Config, SampledRollouts
-from grpo_mega.data.expert_records import widen_record
+from grpo_mega.data.expert_records import has_record, widen_record
+from grpo_mega.data.rollout_table import STOP_REASONS, RolloutTable
+from grpo_mega.data.rollout_tokens import RolloutTokens, offsets_of
 from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.rollout_files.columns import RaggedColumn, RolloutColumns
 from grpo_mega.observe.rollout_files.part_writer import write_part
 from grpo_mega.observe.rollout_files.selection import sampled_groups
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.step_metrics import StepResult
-from grpo_mega.types import Rollout
+from grpo_mega.types import TokenValues
 
 
 class RolloutParts:
-    """Writer of one part per step. The first rank of each engine replica has one.
+    """Writer of one part per step. The first rank of each prompt shard has one.
 
     Args:
         config: `observe.rollouts`, `run.seed` and the group size.
@@ -36,21 +41,21 @@ class RolloutParts:
     def __init__(self, config: Config, folder: RunFolder, ranks: Ranks, writer: BackgroundWriter) -> None:
         self._mode, self._seed = config.observe.rollouts, config.run.seed
         self._folder, self._writer = folder, writer
-        self._part, self._num_parts = ranks.at.replica, ranks.topology.num_replicas
+        self._part, self._num_parts = ranks.at.share, ranks.topology.num_shares
 
     def write(self, result: StepResult) -> RolloutColumns:
-        """Queue the part of the step; return the columns of all rollouts that this replica sampled.
+        """Queue the part of the step; return the columns of all rollouts that this shard sampled.
 
         Raises:
             RolloutFileError: a part of an earlier step could not be written.
             ValueError: the log-probs of a rollout do not have one entry per token.
         """
-        columns = replica_columns(result, self._part)
+        columns = share_columns(result.step, result.groups, result.mean_advantages, result.old_log_probs)
         if self._mode == "none":
             return columns
         written = columns
         if isinstance(self._mode, SampledRollouts):
-            num_groups = len(result.groups.rollouts) // result.groups.group_size
+            num_groups = result.groups.table.num_groups
             chosen = sampled_groups(num_groups, self._mode.sample, seed=self._seed, step=result.step)
             written = columns.take(np.flatnonzero(chosen[columns.group]))
         folder: Path = self._folder.rollouts_of(result.step)
@@ -60,97 +65,95 @@ class RolloutParts:
 
 
 def writes_rollouts(ranks: Ranks) -> bool:
-    """Return True on the first rank of each engine replica."""
-    return ranks.at.engine_tp_rank == 0 and ranks.at.engine_dp_rank == 0
+    """Return True on the first rank of each prompt shard."""
+    return ranks.at.engine_tp_rank == 0
 
 
-def replica_columns(result: StepResult, replica: int) -> RolloutColumns:
-    """Return the columns of the rollouts of a step that one replica sampled, in the order of group and member.
-
-    Raises:
-        ValueError: the log-probs of a rollout do not have one entry per token.
-    """
-    positions = [i for i, rollout in enumerate(result.groups.rollouts) if rollout.replica == replica]
-    return rollout_columns(
-        result.step,
-        [result.groups.rollouts[i] for i in positions],
-        np.array(positions, np.int32),
-        result.groups.group_size,
-        [result.batch.mean_advantages[i] for i in positions],
-        [result.old_log_probs[i] for i in positions],
-    )
-
-
-def rollout_columns(
-    step: int,
-    rollouts: Sequence[Rollout],
-    positions: npt.NDArray[np.int32],
-    group_size: int,
-    advantages: Sequence[float],
-    old_log_probs: Sequence[Sequence[float] | None],
+def share_columns(
+    step: int, groups: SampledGroups, mean_advantages: npt.NDArray[np.float64], old_log_probs: TokenValues
 ) -> RolloutColumns:
-    """Return rollouts as columns.
+    """Return the columns of the rollouts of a step that this rank sampled, in the order of group and member.
 
     Args:
         step: number of the step.
-        rollouts: N rollouts.
-        positions: [N] position of each among all rollouts of the step, group by group.
-        group_size: rollouts per group.
-        advantages: one per rollout.
-        old_log_probs: one list per rollout with an entry per token that the policy sampled; None where not known.
+        groups: rollouts of the step.
+        mean_advantages: [R] of all rollouts of the step.
+        old_log_probs: of the rollouts that this rank sampled, where they are known.
 
     Raises:
-        ValueError: lengths differ.
+        ValueError: the log-probs of a rollout do not have one entry per token that the policy sampled.
     """
-    completions, rewards = [r.completion for r in rollouts], [r.reward for r in rollouts]
-    records = [c.expert_choices for c in completions]
-    known = [record for record in records if record is not None]
-    pairs = zip(rollouts, old_log_probs, strict=True)
-    olds = [None if old is None else _with_zeros(rollout, old) for rollout, old in pairs]
-    prompts = [r.prompt for r in rollouts]
-    of_rows = RaggedColumn.of_rows
+    table, tokens = groups.table, groups.tokens
+    rows, counts = tokens.ids, tokens.lengths - tokens.prompt_tokens
+    positions = np.arange(len(tokens.token_ids)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
+    is_completion = positions >= np.repeat(tokens.prompt_tokens, tokens.lengths)
+    mask = tokens.loss_mask[is_completion]
+    prompts = [groups.prompts[group] for group in (rows // groups.group_size).tolist()]
+    has_results, has_old = tokens.loss_counts < counts, np.isin(rows, old_log_probs.ids)
+    if not np.array_equal(old_log_probs.counts, tokens.loss_counts[has_old]):
+        raise ValueError("old_log_probs must have one entry per token that the policy sampled")
+    old = np.zeros(int(counts[has_old].sum()), np.float32)
+    old[mask[np.repeat(has_old, counts)]] = old_log_probs.values
+    names = table.component_names
     return RolloutColumns(
         step=step,
-        group=positions // group_size,
-        member=positions % group_size,
-        prompt_index=np.array([prompt.index for prompt in prompts], np.int64),
-        replica=np.array([r.replica for r in rollouts], np.int32),
-        policy_version=np.array([c.policy_version for c in completions], np.int32),
-        num_turns=np.array([c.num_turns for c in completions], np.int32),
-        reward=np.array([np.nan if reward.value is None else reward.value for reward in rewards], np.float64),
-        advantage=np.array(advantages, np.float64),
+        group=(rows // groups.group_size).astype(np.int32),
+        member=(rows % groups.group_size).astype(np.int32),
+        prompt_index=table.prompt_index[rows],
+        replica=table.replica[rows].astype(np.int32),
+        policy_version=table.policy_version[rows].astype(np.int32),
+        num_turns=table.num_turns[rows].astype(np.int32),
+        reward=table.reward[rows],
+        advantage=mean_advantages[rows],
         data_set=[prompt.data_set for prompt in prompts],
         prompt=[prompt.text for prompt in prompts],
-        completion=[c.text for c in completions],
+        completion=groups.texts,
         answer=[prompt.answer for prompt in prompts],
-        stop_reason=[c.stop_reason for c in completions],
-        reward_components=[reward.components for reward in rewards],
-        reward_failures=[reward.failures for reward in rewards],
-        prompt_ids=of_rows([prompt.token_ids for prompt in prompts], np.int32),
-        completion_ids=of_rows([c.token_ids for c in completions], np.int32),
-        sampler_log_probs=of_rows([c.sampler_log_probs for c in completions], np.float32),
-        old_log_probs=None if all(old is None for old in olds) else of_rows(olds, np.float32),
-        loss_mask=of_rows([c.loss_mask for c in completions], np.bool_)
-        if any(c.loss_mask is not None for c in completions)
-        else None,
-        steps=[r.steps for r in rollouts] if any(r.steps is not None for r in rollouts) else None,
-        expert_choices=of_rows([None if r is None else widen_record(r).numpy() for r in records], np.int16)
-        if known
-        else None,
-        expert_shape=(known[0].shape[1], known[0].shape[2]) if known else None,
+        stop_reason=[STOP_REASONS[reason] for reason in table.stop_reason[rows].tolist()],
+        reward_components=[
+            {name: value for name, value in zip(names, values, strict=True) if not math.isnan(value)}
+            for values in table.components[rows].tolist()
+        ],
+        reward_failures=groups.failures,
+        prompt_ids=RaggedColumn(tokens.token_ids[~is_completion], offsets_of(tokens.prompt_tokens)),
+        completion_ids=RaggedColumn(tokens.token_ids[is_completion], offsets_of(counts)),
+        sampler_log_probs=RaggedColumn(tokens.sampler_log_probs[is_completion], offsets_of(counts)),
+        old_log_probs=_with_nulls(old, counts, has_old),
+        loss_mask=_with_nulls(mask[np.repeat(has_results, counts)], counts, has_results),
+        steps=_steps(table, rows),
+        expert_choices=_expert_choices(tokens, table.has_experts[rows]),
+        expert_shape=None if tokens.expert_choices is None else tokens.expert_choices.shape[1:],
     )
 
 
-def _with_zeros(rollout: Rollout, old_log_probs: Sequence[float]) -> npt.NDArray[np.float32]:
-    """Return one value per completion token: 0 for the tokens of an environment."""
-    completion = rollout.completion
-    if len(old_log_probs) != completion.num_loss_tokens:
-        raise ValueError(
-            f"old_log_probs of a rollout of prompt {rollout.prompt.index} has {len(old_log_probs)} entries for "
-            f"{completion.num_loss_tokens} completion tokens; it must have one per token"
-        )
-    if completion.loss_mask is None:
-        return np.array(old_log_probs, np.float32)
-    found = np.zeros(len(completion.token_ids), np.float32)
-    found[np.array(completion.loss_mask, np.bool_)] = old_log_probs
+def _with_nulls(
+    values: npt.NDArray[Any], counts: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]
+) -> RaggedColumn | None:
+    """Return the column of the rows that are present; None if none is."""
+    if not present.any():
+        return None
+    return RaggedColumn(values, offsets_of(np.where(present, counts, 0)), None if present.all() else present)
+
+
+def _steps(table: RolloutTable, rows: npt.NDArray[np.int64]) -> list[list[tuple[int, float]] | None] | None:
+    if not table.has_steps[rows].any():
+        return None
+    found: list[list[tuple[int, float]] | None] = []
+    for row in rows.tolist():
+        ends, values = table.steps_of(row)
+        pairs = list(zip(ends.tolist(), values.tolist(), strict=True))
+        found.append(pairs if table.has_steps[row] else None)
     return found
+
+
+def _expert_choices(tokens: RolloutTokens, present: npt.NDArray[np.bool_]) -> RaggedColumn | None:
+    """Return the routing records up to the last token that has one; they are null for rollouts without a record."""
+    if tokens.expert_choices is None:
+        return None
+    is_known = has_record(tokens.expert_choices)
+    positions = np.arange(len(is_known)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
+    ends = np.maximum.reduceat(np.where(is_known, positions + 1, 0), tokens.offsets[:-1])
+    chosen = positions < np.repeat(np.where(present, ends, 0), tokens.lengths)
+    wide = widen_record(torch.from_numpy(tokens.expert_choices[chosen])).numpy()
+    size = wide.shape[1] * wide.shape[2]
+    return _with_nulls(wide.reshape(-1), ends * size, present)

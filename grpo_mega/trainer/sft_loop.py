@@ -15,7 +15,7 @@ from grpo_mega.algorithm.likelihood import LikelihoodLoss
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.example_dataset import ExampleDataset
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.interfaces import Policy
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer

@@ -122,7 +122,7 @@ def test_rollouts_end_with_eos_or_at_max_tokens(engine: EngineRanks) -> None:
             assert not set(ENDS) & set(completion.token_ids)
             assert len(completion.token_ids) == SAMPLING.max_tokens
         assert len(completion.sampler_log_probs) == len(completion.token_ids)
-        assert completion.text == text_of(completion.token_ids)
+        assert completion.text == text_of(completion.token_ids.tolist())
     assert {c.token_ids[-1] for c in rollouts if c.stop_reason == "eos"} == set(ENDS)
 
 
@@ -133,15 +133,18 @@ def test_a_completion_ends_with_the_token_that_ends_a_stop_text(engine: EngineRa
     assert {c.stop_reason for c in rollouts} == {"eos", "length", "stop"}
     tokenizer, last_texts = load_tokenizer(models["config"]), set()
     for completion in rollouts:
-        without_last = text_of(completion.token_ids[:-1])
+        without_last = text_of(completion.token_ids[:-1].tolist())
         assert "7" not in without_last
         assert "=" not in without_last
         assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "=", "7."))
         assert (completion.stop_reason == "eos") == (completion.token_ids[-1] in ENDS)
         if completion.stop_reason == "stop":
-            last = text_of(completion.token_ids[-1:])
+            last = text_of(completion.token_ids[-1:].tolist())
             last_texts.add(last)
-            assert cut_at_stop(tokenizer, completion.token_ids, ("7", "=")) == (without_last + last[0], last[0])
+            assert cut_at_stop(tokenizer, completion.token_ids.tolist(), ("7", "=")) == (
+                without_last + last[0],
+                last[0],
+            )
         assert len(completion.sampler_log_probs) == len(completion.token_ids)
     assert last_texts == {"7", "=", "7."}
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
@@ -188,7 +191,7 @@ def test_a_repetition_penalty_counts_the_tokens_of_the_prompt(engine: EngineRank
 def test_bad_words_are_not_sampled(engine: EngineRanks) -> None:
     def texts(options: SamplingOptions) -> str:
         groups = engine.call(generate, PROMPTS, replace(SAMPLING, options=options))[0]
-        return " ".join(text_of(c.token_ids) for group in groups for c in group)
+        return " ".join(text_of(c.token_ids.tolist()) for group in groups for c in group)
 
     assert "3" in texts(SamplingOptions())
     assert "5" in texts(SamplingOptions())
@@ -270,7 +273,7 @@ def sample_second_turn(session: RankSession) -> tuple[list[Prompt], list[list[Co
     """Sample a second turn, whose prompts are the completions of the first and one more token."""
     first = session.engine.generate(PROMPTS, SAMPLING)
     prompts = [
-        replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids, 5))
+        replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids.tolist(), 5))
         for prompt, group in zip(PROMPTS, first, strict=True)
         for completion in group
     ]

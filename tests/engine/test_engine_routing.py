@@ -13,7 +13,6 @@ from torch import Tensor
 
 from grpo_mega.config.schema import Config
 from grpo_mega.data.expert_records import widen_record
-from grpo_mega.data.pack import pack
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
@@ -21,6 +20,7 @@ from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.packing import pack
 from tests.helpers.tiny_models import make_family_model
 
 NUM_LAYERS = 3

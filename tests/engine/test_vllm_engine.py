@@ -109,7 +109,7 @@ def sample_second_turn(
     engine = session.engine
     first = engine.generate(PROMPTS, SAMPLING)
     prompts = [
-        replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids, 5))
+        replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids.tolist(), 5))
         for prompt, group in zip(PROMPTS, first, strict=True)
         for completion in group
     ]

@@ -97,11 +97,11 @@ def mean_error(folder: Path, groups: list[list[Completion]]) -> float:
     errors = []
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
-            ids = torch.tensor([prompt.token_ids + completion.token_ids], device="cuda")
+            ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]], device="cuda")
             with torch.no_grad():
                 log_probs = torch.log_softmax(model(ids).logits[0, len(prompt.token_ids) - 1 : -1].float(), -1)
-            expected = log_probs.cpu().gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            errors.append((expected - torch.tensor(completion.sampler_log_probs)).abs())
+            expected = log_probs.cpu().gather(1, torch.from_numpy(completion.token_ids).long()[:, None])[:, 0]
+            errors.append((expected - torch.from_numpy(completion.sampler_log_probs)).abs())
     return float(torch.cat(errors).mean())
 
 

@@ -6,16 +6,21 @@ import math
 import random
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from grpo_mega.algorithm.base import OwnTokens
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.schema import TrainConfig
-from grpo_mega.data.pack import RowShape
-from grpo_mega.rollout.sampler import SampledGroups
-from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.data.row_plan import RowShape
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch, build_batch, kl_penalties
 from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
+from tests.helpers.thread_ranks import on_ranks
 
 LENGTHS = [3, 1, 20, 4, 2, 1, 9, 1, 7, 12, 5, 17]  # three groups; one-token rollouts, and one that is truncated
 
@@ -55,16 +60,17 @@ def make_data(spread: float = 0.4) -> RolloutValues:
 def make_groups() -> tuple[SampledGroups, list[float]]:
     rng = random.Random(1)
     rewards = [r for group in REWARDS for r in group]
+    prompts = [Prompt(i, "", tuple(range(rng.randrange(1, 6))), "") for i in range(len(REWARDS))]
     rollouts = [
         Rollout(
-            Prompt(i // GROUP, "", tuple(range(rng.randrange(1, 6))), ""),
+            prompts[i // GROUP],
             Completion(tuple(range(n)), (-1.0,) * n, "length" if n == MAX_TOKENS else "eos", 0, ""),
             Reward(rewards[i]),
             replica=0,
         )
         for i, n in enumerate(LENGTHS)
     ]
-    return SampledGroups(rollouts, GROUP), rewards
+    return SampledGroups.of(rollouts, GROUP), rewards
 
 
 def as_padded_row(values: list[Tensor], microbatch: Microbatch) -> Tensor:
@@ -80,20 +86,30 @@ def compute_update_loss(
     """Return the loss of an update as the ranks compute it, summed over the rows of all ranks."""
     groups, rewards = make_groups()
     objective = Objective(algorithm, MAX_TOKENS)
+    train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
+    shape = RowShape(row_multiple=row_multiple)
+
+    def batch_of(transfer: RolloutTransfer) -> TrainBatch:
+        held = groups.held_by(is_first=transfer.ranks.is_first)
+        batch = build_batch(held, np.array(rewards), train, objective, transfer=transfer, shape=shape)
+        own, totals, values = OwnTokens(batch.positions, gather=transfer.collectives.gather_losses), None, None
+        if objective.kl_in_reward:
+            known = batch.with_log_probs(
+                old=[as_padded_row(data.old, m) for m in batch.microbatches],
+                ref=[as_padded_row(data.ref, m) for m in batch.microbatches],
+            )
+            penalties, totals = kl_penalties(objective, known, transfer)
+            own = replace(own, penalties=penalties)
+        if objective.algorithm.needs_critic:
+            values = batch.completion_values([as_padded_row(data.values, m) for m in batch.microbatches])
+        if totals is None and values is None:
+            return batch
+        return batch.with_credit(objective.credit(groups, batch.rewards, replace(own, values=values), totals), values)
+
     loss_of = objective.loss()
     total = torch.zeros((), dtype=torch.float64)
-    batches = []
-    shape = RowShape(row_multiple=row_multiple)
-    for rank in range(dp):
-        train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
-        batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape)
-        kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)] if objective.kl_in_reward else None
-        if objective.algorithm.needs_critic:
-            values = [v.tolist() for v in data.values]
-            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl, values).advantages)
-        elif kl is not None:
-            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl).advantages)
-        batches.append(batch)
+    batches = on_ranks(Topology(dp), batch_of)
+    for batch in batches:
         for microbatch in batch.microbatches:
             row = replace(
                 microbatch,

@@ -82,12 +82,12 @@ def largest_log_prob_error(
     worst = 0.0
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
-            ids = torch.tensor([prompt.token_ids + completion.token_ids])
+            ids = torch.tensor([[*prompt.token_ids, *completion.token_ids]])
             with torch.no_grad():
                 logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1]
             log_probs = torch.log_softmax(logits / temperature, -1)
-            expected = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            worst = max(worst, float((expected - torch.tensor(completion.sampler_log_probs)).abs().max()))
+            expected = log_probs.gather(1, torch.from_numpy(completion.token_ids).long()[:, None])[:, 0]
+            worst = max(worst, float((expected - torch.from_numpy(completion.sampler_log_probs)).abs().max()))
     return worst
 
 
@@ -98,7 +98,9 @@ def kept_by(
     model, found = _reference_model(folder), []
     for prompt, group in zip(prompts, groups, strict=True):
         for completion in group:
-            logits = _logits(model, (*prompt.token_ids, *completion.token_ids[:-1]))[len(prompt.token_ids) - 1 :]
+            logits = _logits(model, (*prompt.token_ids, *completion.token_ids[:-1].tolist()))[
+                len(prompt.token_ids) - 1 :
+            ]
             for row, token in zip(torch.softmax(logits, -1), completion.token_ids, strict=True):
                 above = row[row > row[token]]
                 found.append(
@@ -140,4 +142,4 @@ def _logits(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
 
 
 def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    return [[completion.token_ids for completion in group] for group in groups]
+    return [[tuple(completion.token_ids.tolist()) for completion in group] for group in groups]

@@ -205,7 +205,7 @@ def measure_family(rank: int, recorded: Recorded, layout: Layout) -> FamilyRecor
     batch = with_recorded(rows, recorded)
     record = FamilyRecord(is_last_stage=policy.ranks.is_last_stage)
     values = policy.log_probs(rows.microbatches)
-    record.log_probs = {} if values is None else rows.completion_values(values)
+    record.log_probs = {} if values is None else rows.completion_values(values).by_rollout()
     record.logits = whole_logits(policy, rows)
     loss = RecordingLoss()
     for update in range(NUM_UPDATES + 1):

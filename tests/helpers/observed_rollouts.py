@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from grpo_mega.observe.rollout_files.columns import RolloutColumns
-from grpo_mega.trainer.rollout_parts import rollout_columns
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.rollout_parts import share_columns
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
+from tests.helpers.token_values import token_values
 
 
 def make_rollout(reward: float = 1.0, text: str = "46") -> Rollout:
@@ -29,6 +32,7 @@ def columns_of_rollouts(
     group_size: int = 1,
 ) -> RolloutColumns:
     """Return rollouts of step 4 as the columns that a run writes and shows."""
-    positions = np.arange(len(rollouts), dtype=np.int32)
-    olds = [None] * len(rollouts) if old_log_probs is None else old_log_probs
-    return rollout_columns(4, rollouts, positions, group_size, advantages, olds)
+    groups = SampledGroups.of(rollouts, group_size)
+    known = {i: list(old) for i, old in enumerate(old_log_probs or ()) if old is not None}
+    olds = replace(token_values(list(known.values())), ids=np.array(list(known), dtype=np.int64))
+    return share_columns(4, groups, np.array(advantages), olds)

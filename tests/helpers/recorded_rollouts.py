@@ -24,14 +24,15 @@ from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.config.rollout_sections import RewardConfig, SamplingConfig
 from grpo_mega.config.schema import Config, TrainConfig
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch, build_batch
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
+from tests.helpers.thread_ranks import replicated
 
 if TYPE_CHECKING:  # pytest's own process stays free of Megatron
     from grpo_mega.policy.policy import MegatronPolicy
@@ -125,11 +126,22 @@ LONG_LAYOUTS = (
 
 
 @dataclass(frozen=True)
+class RolloutGroups:
+    """Rollouts of a step, group by group, and the groups that the package makes of them."""
+
+    rollouts: list[Rollout]
+    group_size: int
+
+    def sampled(self) -> SampledGroups:
+        return SampledGroups.of(self.rollouts, self.group_size)
+
+
+@dataclass(frozen=True)
 class Recorded:
     """The input of every layout. `old` and `ref`: log-probs of the completion tokens of each rollout."""
 
     model: Path
-    groups: SampledGroups
+    groups: RolloutGroups
     rewards: list[float]
     old: list[list[float]]
     ref: list[list[float]]
@@ -141,7 +153,7 @@ class Recorded:
 
 def sample_groups(
     num_prompts: int, group_size: int, seed: int, vocab: int = VOCAB, *, with_results: bool = False
-) -> tuple[SampledGroups, list[float]]:
+) -> tuple[RolloutGroups, list[float]]:
     """Return rollouts of different lengths with rewards, which are all equal in the last group.
 
     `with_results`: an environment wrote tokens in the middle of the rollouts of at least four tokens.
@@ -156,7 +168,7 @@ def sample_groups(
             completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "", loss_mask=mask)
             rewards.append(1.0 if index == num_prompts - 1 else rng.random())
             rollouts.append(Rollout(prompt, completion, Reward(rewards[-1]), 0))
-    return SampledGroups(rollouts, group_size), rewards
+    return RolloutGroups(rollouts, group_size), rewards
 
 
 def _random_loss_mask(num_tokens: int, rng: random.Random) -> tuple[bool, ...] | None:
@@ -199,12 +211,11 @@ def open_policy(
 def make_rows(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
     """Return this rank's microbatches, without old and reference log-probs."""
     return build_batch(
-        recorded.groups,
-        recorded.rewards,
+        recorded.groups.sampled(),
+        np.array(recorded.rewards),
         TrainConfig(steps=1, max_tokens_per_microbatch=recorded.max_tokens),
         Objective(AlgorithmConfig(), max_tokens=recorded.max_tokens),
-        dp=layout.topology.dp,
-        dp_rank=layout.topology.coordinates(rank).dp_rank,
+        transfer=replicated(ranks_of(rank, layout)),
         shape=RowShape.of(layout.parallel),
     )
 
@@ -268,7 +279,7 @@ def measure_layout(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
     for temperature in TEMPERATURES:
         policy.temperature = temperature
         values = policy.log_probs(rows.microbatches)
-        record.log_probs[temperature] = {} if values is None else rows.completion_values(values)
+        record.log_probs[temperature] = {} if values is None else rows.completion_values(values).by_rollout()
     policy.temperature = recorded.temperature
     record.shard_digests = shard_digests(policy)
     whole = [(name, as_array(t)) for name, t in policy.full_tensors(1 << 28)]
@@ -285,7 +296,7 @@ def measure_layout(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
             stats, _ = policy.update(batch.microbatches, loss, OPTIMIZER.lr)
             record.stats.append(stats)
     if policy.ranks.is_last_stage:
-        record.entropy = batch.completion_values(loss.seen[: len(batch.microbatches)])
+        record.entropy = batch.completion_values(loss.seen[: len(batch.microbatches)]).by_rollout()
     record.param_bytes = sum(p.nbytes for p in policy.parts.parameters)
     record.main_grad_bytes = sum(b.grad_data.nbytes for b in policy.parts.buffers)
     record.moment_bytes = sum(m.nbytes for m in optimizer_moments(policy))

@@ -18,7 +18,7 @@ from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.policy_sections import PrecisionConfig
 from grpo_mega.config.schema import CheckpointConfig, Config, ObserveConfig, RunConfig, TrainConfig
 from grpo_mega.data.example_dataset import Example, ExampleDataset, ExampleSet
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.observe.run_folder import open_run
 from grpo_mega.parallel.ranks import agreed

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.pack import pack, unpack
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.models.digest import combined_digest, slice_digest
@@ -24,6 +23,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.engine_ranks import RankSession
+from tests.helpers.packing import pack, unpack
 
 BUCKET_BYTES = 64 * 1024  # several buckets, even for tiny models
 

@@ -116,8 +116,9 @@ def log_probs_and_entropies(model: Any, rollout: Any, temperature: float) -> tup
     """Return log-probs and entropies of the completion tokens that the policy sampled."""
     logits = _logits(model, rollout)[len(rollout.prompt.token_ids) - 1 : -1] / temperature
     every = torch.log_softmax(logits, -1)
-    chosen = every.gather(1, torch.tensor(rollout.completion.token_ids)[:, None])[:, 0]
-    own = torch.tensor(rollout.completion.loss_mask or [True] * len(chosen))
+    chosen = every.gather(1, torch.from_numpy(rollout.completion.token_ids).long()[:, None])[:, 0]
+    mask = rollout.completion.loss_mask
+    own = torch.ones(len(chosen), dtype=torch.bool) if mask is None else torch.from_numpy(mask)
     return chosen[own], -(every.exp() * every).sum(-1)[own]
 
 

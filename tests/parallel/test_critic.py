@@ -20,6 +20,7 @@ from grpo_mega.algorithm.value_loss import ValueLoss
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.trainer.objective import Credit
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import UpdateStats
 from tests.helpers.recorded_rollouts import (
@@ -36,6 +37,7 @@ from tests.helpers.recorded_rollouts import (
     torch_optimizers,
     with_recorded,
 )
+from tests.helpers.token_values import token_values
 from tests.helpers.update_oracle import load_model
 from tests.parallel.conftest import MODELS, Laboratory
 
@@ -69,7 +71,9 @@ def head_weight(hidden_size: int) -> Tensor:
 
 
 def rows_with_values(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
-    return make_rows(rank, recorded, layout).with_values(random_numbers(recorded, 1), random_numbers(recorded, 2))
+    batch = make_rows(rank, recorded, layout)
+    values, returns = (token_values(random_numbers(recorded, seed)) for seed in (1, 2))
+    return batch.with_credit(Credit(batch.advantages, returns), values)
 
 
 def open_critic(rank: int, recorded: Recorded, layout: Layout, *, plant: bool = True) -> tuple[Any, Any]:
@@ -98,7 +102,7 @@ def measure_critic(rank: int, recorded: Recorded, layout: Layout) -> dict[str, A
     head = as_array(critic.parts.models[-1].output_layer.weight.main_grad) if last else None
     updates = [critic.update(batch.microbatches, loss, OPTIMIZER.lr) for _ in range(NUM_UPDATES)]
     return {
-        "values": {} if values is None else batch.completion_values(values),
+        "values": {} if values is None else batch.completion_values(values).by_rollout(),
         "stats": stats,
         "updates": updates,
         "gradients": gradients if rank == 0 else {},
@@ -143,7 +147,9 @@ class Oracle:
         prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
         hidden = model.model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).last_hidden_state[0]
         values: Tensor = (hidden[len(prompt) - 1 : -1] @ self.head.t())[:, 0]
-        return values[torch.tensor(rollout.completion.loss_mask or [True] * len(completion))]
+        return (
+            values if rollout.completion.loss_mask is None else values[torch.from_numpy(rollout.completion.loss_mask)]
+        )
 
     @staticmethod
     def _loss(recorded: Recorded, rows: list[Tensor]) -> Tensor:

@@ -6,15 +6,17 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.schema import TrainConfig
-from grpo_mega.data.pack import RowShape
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.data.row_plan import RowShape
+from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.trainer.batch import TrainBatch, build_batch
-from grpo_mega.trainer.loop import TrainerState, gather_old_log_probs, update, with_log_probs
+from grpo_mega.trainer.loop import TrainerState, sampled_old_log_probs, update, with_log_probs
 from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Rollout, UpdateStats
 from tests.helpers.recorded_rollouts import (
     ONE,
@@ -22,6 +24,7 @@ from tests.helpers.recorded_rollouts import (
     OVERLAP,
     Layout,
     Recorded,
+    RolloutGroups,
     open_policy,
     ranks_of,
     shard_digests,
@@ -40,17 +43,17 @@ def job_and_batch(
     objective, ranks = Objective(algorithm, max_tokens=recorded.max_tokens), ranks_of(rank, layout)
     policy = open_policy(rank, recorded, layout)
     config = SimpleNamespace(train=train, optimizer=OPTIMIZER, algorithm=algorithm)
-    job = cast("TrainerState", SimpleNamespace(policy=policy, config=config, ranks=ranks))
-    shape, dp_rank = RowShape.of(layout.parallel), ranks.at.dp_rank
-    batch = build_batch(
-        recorded.groups, recorded.rewards, train, objective, dp=layout.topology.dp, dp_rank=dp_rank, shape=shape
-    )
+    transfer = RolloutTransfer(ArrayCollectives(ranks))
+    job = cast("TrainerState", SimpleNamespace(policy=policy, config=config, ranks=ranks, transfer=transfer))
+    groups = recorded.groups.sampled().held_by(is_first=ranks.is_first)
+    shape = RowShape.of(layout.parallel)
+    batch = build_batch(groups, np.array(recorded.rewards), train, objective, transfer=transfer, shape=shape)
     return job, objective, batch
 
 
 def run(
     rank: int, recorded: Recorded, layout: Layout, algorithm: AlgorithmConfig, whole_pass: bool
-) -> tuple[list[UpdateStats], list[list[float] | None], dict[str, int]]:
+) -> tuple[list[UpdateStats], dict[int, list[float]], dict[str, int]]:
     """Run two epochs of two updates; with `whole_pass` one pass computes the log-probs of both minibatches first."""
     job, objective, batch = job_and_batch(rank, recorded, layout, algorithm, epochs=2)
     if whole_pass:
@@ -58,7 +61,8 @@ def run(
     else:
         batch = with_log_probs(job, objective, batch)
     batch, stats = update(job, objective.loss(), batch, 0)
-    return stats, gather_old_log_probs(job, batch), shard_digests(job.policy)
+    old = sampled_old_log_probs(job, batch, recorded.groups.sampled().table)
+    return stats, old.by_rollout(), shard_digests(job.policy)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -72,7 +76,9 @@ def test_updates_are_bit_equal_to_those_after_a_pass_over_all_minibatches(
     assert answers[0] == answers[1]
     stats, old, _ = answers[1][0]
     assert len(stats) == 4
-    assert None not in old
+    assert list(old) == list(range(16))
+    assert [len(values) for values in old.values()] == [r.completion.num_loss_tokens for r in recorded.groups.rollouts]
+    assert not any(found for _, found, _ in answers[1][1:]), "only the rank that sampled has them"
     assert stats[0].maxima["ratio"] == 1.0, "the policy before the update is the old policy"
     assert stats[1].maxima["ratio"] != 1.0, "the second minibatch is compared with the policy before the first update"
 
@@ -83,13 +89,13 @@ def sampled_by_the_policy(recorded: Recorded, log_probs: list[list[float]], shif
     def of(rollout: Rollout, values: list[float]) -> Rollout:
         completion = rollout.completion
         own = iter([values[0] + shift, *values[1:]])
-        mask = completion.loss_mask or (True,) * len(completion.token_ids)
-        sampled = tuple(next(own) if used else 0.0 for used in mask)
+        mask = np.ones(len(completion.token_ids)) if completion.loss_mask is None else completion.loss_mask
+        sampled = [next(own) if used else 0.0 for used in mask]
         return replace(rollout, completion=replace(completion, sampler_log_probs=sampled))
 
     groups = recorded.groups
     rollouts = [of(r, v) for r, v in zip(groups.rollouts, log_probs, strict=True)]
-    return replace(recorded, groups=SampledGroups(rollouts, groups.group_size))
+    return replace(recorded, groups=RolloutGroups(rollouts, groups.group_size))
 
 
 def test_with_the_log_probs_of_the_sampler_layouts_agree_and_the_ratio_contains_the_mismatch(
@@ -97,7 +103,7 @@ def test_with_the_log_probs_of_the_sampler_layouts_agree_and_the_ratio_contains_
 ) -> None:
     recorded = laboratory.recorded("deep")
     known = laboratory.pool.call(1, run, recorded, ONE, AlgorithmConfig(kl_coef=0.0), True)[0][1]
-    shifted = sampled_by_the_policy(recorded, cast("list[list[float]]", known), shift=-0.1)
+    shifted = sampled_by_the_policy(recorded, list(known.values()), shift=-0.1)
     algorithm = AlgorithmConfig(kl_coef=0.0, old_log_probs="sampler", correction_low=0.2, correction_high=3.0)
     found: list[Any] = [
         laboratory.pool.call(layout.world, run, shifted, layout, algorithm, False)[0] for layout in LAYOUTS
@@ -107,6 +113,5 @@ def test_with_the_log_probs_of_the_sampler_layouts_agree_and_the_ratio_contains_
         for of_this, of_one in zip(stats, found[0][0], strict=True):
             assert of_this.grad_norm == pytest.approx(of_one.grad_norm, rel=1e-4)
             assert of_this.sums["correction"] == pytest.approx(of_one.sums["correction"], rel=1e-6)
-        half = len(old) // 2
-        assert all(v == pytest.approx(k, abs=1e-4) for v, k in zip(old[:half], known, strict=False))
-        assert old[half:] == [None] * half
+        assert list(old) == list(range(8))  # those of the first of two minibatches
+        assert all(values == pytest.approx(known[i], abs=1e-4) for i, values in old.items())

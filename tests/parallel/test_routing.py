@@ -72,7 +72,9 @@ def run_updates(rank: int, recorded: Recorded, layout: Layout) -> Run:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(values, before, strict=True))
         assert len(values) > 1, "several microbatches are in flight"
     gradients = {name: as_array(t) for name, t in policy.full_gradients(1 << 28)}
-    return Run(stats, {} if values is None else batch.completion_values(values), gradients if rank == 0 else {})
+    return Run(
+        stats, {} if values is None else batch.completion_values(values).by_rollout(), gradients if rank == 0 else {}
+    )
 
 
 @pytest.fixture(scope="module")

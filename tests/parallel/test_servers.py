@@ -87,7 +87,9 @@ def connect_sync(
 
 def sample_rollouts(engine: ServerEngine, seed: int) -> Answers:
     request = SamplingRequest(2, 1.0, 4, seed=seed)
-    return [(c.token_ids, c.text, c.policy_version) for group in engine.generate(PROMPTS, request) for c in group]
+    return [
+        (c.token_ids.tolist(), c.text, c.policy_version) for group in engine.generate(PROMPTS, request) for c in group
+    ]
 
 
 def run_syncs(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[Answers], list[SyncReport], list[int]]:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_mega.data.pack import pack
 from grpo_mega.parallel.pipeline_split import stage_layers
 from grpo_mega.types import Microbatch, UpdateStats
+from tests.helpers.packing import pack
 from tests.helpers.recorded_rollouts import (
     LOSS,
     ONE,
@@ -286,7 +286,7 @@ def run_in_bf16(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]
     stats, _ = policy.update(with_recorded(rows, recorded).microbatches, LOSS, OPTIMIZER.lr)
     masters = [p for adam in torch_optimizers(policy) for group in adam.param_groups for p in group["params"]]
     return {
-        "log_probs": {} if values is None else rows.completion_values(values),
+        "log_probs": {} if values is None else rows.completion_values(values).by_rollout(),
         "stats": stats,
         "params": {p.dtype for p in policy.parts.parameters},
         "grads": {p.main_grad.dtype for p in policy.parts.parameters},

@@ -21,7 +21,7 @@ from grpo_mega.interfaces import Engine
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.policy import MegatronPolicy
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.build import make_sync
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Reward, Rollout, SamplingRequest
@@ -105,7 +105,7 @@ def measure_mismatch(
         for prompt, group in zip(prompts, groups, strict=True)
         for completion in group
     ]
-    batch, _ = subject.batch_of(SampledGroups(rollouts, shape.group_size), config)
+    batch, _ = subject.batch_of(SampledGroups.of(rollouts, shape.group_size), config)
     with phases.training():
         old = policy.log_probs(batch.microbatches)
     assert old is not None, "one rank has every stage"

@@ -11,10 +11,14 @@ import torch
 from grpo_mega.config.load import load_config
 from grpo_mega.config.model_sections import ArchitectureConfig
 from grpo_mega.config.schema import Config
-from grpo_mega.data.pack import RowShape
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.data.row_plan import RowShape
+from grpo_mega.parallel.array_collectives import ArrayCollectives
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch, build_batch
 from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 from tools.gpu_checks.random_models import dense_fields, write_random_model
 
@@ -100,12 +104,13 @@ def random_groups(size: str, vocab_size: int) -> SampledGroups:
             tokens = tuple(rng.randrange(2, vocab_size) for _ in range(batch.completion_tokens))
             completion = Completion(tokens, (-1.0,) * len(tokens), "length", 0, "")
             rollouts.append(Rollout(prompt, completion, Reward(rng.random()), 0))
-    return SampledGroups(rollouts, batch.group_size)
+    return SampledGroups.of(rollouts, batch.group_size)
 
 
 def batch_of(groups: SampledGroups, config: Config) -> tuple[TrainBatch, Objective]:
     """Return all groups as one minibatch, and the objective that built it."""
     objective = Objective(config.algorithm, config.sampling.max_tokens)
-    values = [rollout.reward.value for rollout in groups.rollouts]
-    shape = RowShape.of(config.parallel, config.precision)
-    return build_batch(groups, values, config.train, objective, dp=1, dp_rank=0, shape=shape), objective
+    shape, topology = RowShape.of(config.parallel, config.precision), Topology(1)
+    transfer = RolloutTransfer(ArrayCollectives(Ranks(topology, topology.coordinates(0), torch.device("cpu"))))
+    batch = build_batch(groups, groups.table.reward, config.train, objective, transfer=transfer, shape=shape)
+    return batch, objective

@@ -22,7 +22,7 @@ from grpo_mega.rewards.base import reward
 
 if TYPE_CHECKING:
     from grpo_mega.checkpoint.manager import LoopState
-    from grpo_mega.rollout.sampler import SampledGroups
+    from grpo_mega.rollout.sampled_groups import SampledGroups
     from grpo_mega.trainer.build import BuiltJob
     from grpo_mega.trainer.loop import TrainerState
     from grpo_mega.types import Prompt
@@ -115,7 +115,7 @@ class OurSide:
         return [row["completion_ids"] for row in rows]
 
     def _groups(self, completions: list[list[int]]) -> SampledGroups:
-        from grpo_mega.rollout.sampler import SampledGroups
+        from grpo_mega.rollout.sampled_groups import SampledGroups
         from grpo_mega.types import Completion, Reward, Rollout
 
         size = self.job.config.sampling.group_size
@@ -128,7 +128,7 @@ class OurSide:
             )
             for i, ids in enumerate(completions)
         ]
-        return SampledGroups(rollouts, size)
+        return SampledGroups.of(rollouts, size)
 
 
 def main() -> None:

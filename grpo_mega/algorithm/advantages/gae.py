@@ -5,20 +5,20 @@ Asserted by tests/unit/algorithm/test_gae.py by hand and against the sum in the 
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+import numpy as np
+from numpy.typing import NDArray
 
 from grpo_mega.algorithm.advantages.whitened import whitened_over_scored
-from grpo_mega.algorithm.base import Estimates, StepRewards, advantage
-from grpo_mega.types import Rollout
+from grpo_mega.algorithm.base import Estimates, OwnTokens, StepRewards, advantage
+from grpo_mega.types import TokenValues
 
 
 @advantage
 def gae(step: StepRewards, *, gamma: float, gae_lambda: float) -> Estimates:
     """Return the advantages over the critic's values, whitened over the tokens of the step, and the returns.
 
-    Both have one number per loss token. Without `step.values` the advantages are 0 and there are no returns: the values
-    are not known yet. The return is advantage plus value, before the whitening.
+    Both have one number per loss token of this rank. Without values the advantages are 0 and there are no returns: the
+    values are not known yet. The return is advantage plus value, before the whitening.
 
     An outcome reward is earned at the last loss token. If a process reward judged the rollout, each step's value is
     earned in full at the token that ends the step, in place of the outcome: `Reward.value` holds the mean of the steps,
@@ -36,51 +36,63 @@ def gae(step: StepRewards, *, gamma: float, gae_lambda: float) -> Estimates:
 
     Source: PPO, arXiv:1707.06347, equations 11 and 12.
     """
-    if step.values is None:
-        return Estimates([0.0] * len(step.rollouts))
-    advantages = [
-        generalized_advantages(
-            _rollout_token_rewards(rollout, reward, penalties), values, gamma=gamma, gae_lambda=gae_lambda
-        )
-        for rollout, reward, penalties, values in zip(
-            step.rollouts, step.rewards, step.token_penalties, step.values, strict=True
-        )
-    ]
-    returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, step.values, strict=True)]
-    return Estimates(whitened_over_scored(step, advantages), returns)
+    if step.own is None or step.own.values is None:
+        return Estimates(np.zeros(len(step.rewards)))
+    own, values = step.own, step.own.values
+    rewards = own.positions.with_values(token_rewards(step, own))
+    advantages = generalized_advantages(rewards, values, gamma=gamma, gae_lambda=gae_lambda)
+    returns = values.with_values(advantages + values.values.astype(np.float64))
+    return Estimates(whitened_over_scored(step, own, advantages), returns)
 
 
-def token_rewards(reward: float, penalties: Sequence[float], steps: Sequence[tuple[int, float]] = ()) -> list[float]:
-    """Return r_t = -penalty_t + the values of the steps that end at t; the last token also earns `reward`.
+def token_rewards(step: StepRewards, own: OwnTokens) -> NDArray[np.float64]:
+    """Return r_t = -penalty_t + the values of the steps that end at t; the last token also earns the outcome.
 
-    A rollout without tokens has no rewards.
+    The outcome is the rollout's reward after the overlong penalty; where a process reward scored steps, it is what is
+    left of it without them. A rollout without loss tokens has no rewards.
 
     Args:
-        reward: the part of the reward that belongs to the whole rollout: all of an outcome reward; of a process reward
-            the part that is not in its steps.
-        penalties: one per loss token (kl_coef times its KL).
-        steps: (position among the loss tokens, value), in any order; several may end at one token.
+        step: rewards and steps of all rollouts.
+        own: loss tokens of this rank and their penalties.
+
+    Returns:
+        [T] float64, one number per loss token of this rank, in units of the reward.
 
     Raises:
-        ValueError: a step does not end within the rollout.
+        ValueError: a step ends before the first loss token of its rollout, or outside of it.
 
     Source: Ouyang et al., "Training language models to follow instructions", arXiv:2203.02155, equation 2, as the
         reward of each token; steps: Math-Shepherd, arXiv:2312.08935, whose PPO rewards a step where it ends.
     """
-    rewards = [-penalty for penalty in penalties]
-    for end, value in steps:
-        if not 0 <= end < len(rewards):
-            raise ValueError(f"a step ends at loss token {end}; the rollout has {len(rewards)} loss tokens")
-        rewards[end] += value
-    if rewards:
-        rewards[-1] += reward
+    positions = own.positions
+    rewards = np.zeros(len(positions.values))
+    if own.penalties is not None:
+        rewards = -own.penalties.values.astype(np.float64)
+    outcomes, judged = step.reward_array[own.ids], step.steps
+    if judged is not None:
+        has_steps = judged.has_steps[own.ids] & step.scored[own.ids]
+        outcomes = np.where(has_steps, outcomes - judged.rewards[own.ids], outcomes)
+        for place in np.flatnonzero(has_steps).tolist():
+            begin, end = positions.offsets[place], positions.offsets[place + 1]
+            sampled, row = positions.values[begin:end], int(own.ids[place])
+            for step_end, value in judged.of(row):
+                last = int(np.searchsorted(sampled, step_end, side="right")) - 1
+                if last < 0 or (step.completion_tokens is not None and step_end >= step.completion_tokens[row]):
+                    raise ValueError(
+                        f"a step ends at token {step_end} of rollout {row}, which has {end - begin} loss tokens"
+                    )
+                rewards[begin + last] += value
+    whole = positions.counts > 0
+    rewards[positions.offsets[1:][whole] - 1] += outcomes[whole]
     return rewards
 
 
 def generalized_advantages(
-    rewards: Sequence[float], values: Sequence[float], *, gamma: float, gae_lambda: float
-) -> list[float]:
+    rewards: TokenValues, values: TokenValues, *, gamma: float, gae_lambda: float
+) -> NDArray[np.float64]:
     """Return A_t = delta_t + gamma * lambda * A_{t+1}, delta_t = r_t + gamma * V_{t+1} - V_t; V = A = 0 after the end.
+
+    The recursion runs over the tokens from the last to the first, for all rollouts together.
 
     Args:
         rewards: one per loss token.
@@ -89,26 +101,24 @@ def generalized_advantages(
         gae_lambda: 0 gives the one-step temporal difference, 1 gives return minus value.
 
     Returns:
-        One per token. Every rollout ends with its last token, also a truncated one: its reward is final, and no
-        value is bootstrapped after it.
+        [T] float64, one per token. Every rollout ends with its last token, also a truncated one: its reward is final,
+        and no value is bootstrapped after it.
 
     Source: Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation",
         arXiv:1506.02438, equation 16; PPO, arXiv:1707.06347, equations 11 and 12.
     """
-    advantages: list[float] = []
-    later_advantage = later_value = 0.0
-    for reward, value in zip(reversed(rewards), reversed(values), strict=True):
-        later_advantage = reward + gamma * later_value - value + gamma * gae_lambda * later_advantage
-        later_value = value
-        advantages.append(later_advantage)
-    return advantages[::-1]
-
-
-def _rollout_token_rewards(rollout: Rollout, reward: float, penalties: Sequence[float]) -> list[float]:
-    """Return the reward of each loss token; `reward` is the rollout's, after the overlong penalty."""
-    if rollout.steps is None or rollout.reward.value is None:
-        return token_rewards(reward, penalties)
-    mask = rollout.completion.loss_mask
-    sampled = [i for i in range(len(rollout.completion.token_ids)) if mask is None or mask[i]]
-    steps = [(bisect_right(sampled, end) - 1, value) for end, value in rollout.steps]
-    return token_rewards(reward - rollout.reward.value, penalties, steps)
+    assert len(rewards.values) == len(values.values), "one value per reward"
+    earned, value_of = rewards.values.astype(np.float64), values.values.astype(np.float64)
+    advantages = np.empty(len(earned))
+    longest_first = np.argsort(-rewards.counts, kind="stable")
+    counts, ends = rewards.counts[longest_first], rewards.offsets[1:][longest_first]
+    later_advantage, later_value = np.zeros(len(counts)), np.zeros(len(counts))
+    for back in range(1, int(counts.max(initial=0)) + 1):  # tokens of all rollouts at this distance from their ends
+        active = int(np.searchsorted(-counts, -back, side="right"))
+        at = ends[:active] - back
+        later_advantage = (
+            earned[at] + gamma * later_value[:active] - value_of[at] + gamma * gae_lambda * later_advantage[:active]
+        )
+        later_value = value_of[at]
+        advantages[at] = later_advantage
+    return advantages

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, compress
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from grpo_mega.algorithm.base import Estimates, StepRewards, advantage
 from grpo_mega.algorithm.degenerate import equal_up_to_rounding
@@ -23,20 +24,33 @@ def process(step: StepRewards) -> Estimates:
 
     Source: see `process_advantages`.
     """
-    lengths = [len(r.completion.token_ids) for r in step.rollouts]
+    assert step.completion_tokens is not None, "the trainer gives the lengths"
+    lengths, rewards, judged = step.completion_tokens.tolist(), step.reward_array.tolist(), step.steps
     steps = [
-        () if not has else rollout.steps if rollout.steps is not None else ((length - 1, reward),)
-        for rollout, length, reward, has in zip(step.rollouts, lengths, step.rewards, step.scored, strict=True)
+        []
+        if not has
+        else judged.of(i)
+        if judged is not None and judged.has_steps[i]
+        else [(lengths[i] - 1, rewards[i])]
+        for i, has in enumerate(step.scored.tolist())
     ]
-    rows = process_advantages(steps, lengths, step.group_size)
-    masks = [r.completion.loss_mask for r in step.rollouts]
-    return Estimates([row if m is None else list(compress(row, m)) for row, m in zip(rows, masks, strict=True)])
+    gains = process_gains(steps, lengths, step.group_size)
+    if step.own is None:
+        return Estimates(np.zeros(len(rewards)))
+    positions = step.own.positions
+    rows = [
+        later_gains(gains[i], lengths[i])[positions.values[begin:end]]
+        for i, begin, end in zip(
+            positions.ids.tolist(), positions.offsets[:-1].tolist(), positions.offsets[1:].tolist(), strict=True
+        )
+    ]
+    return Estimates(positions.with_values(np.concatenate([np.zeros(0), *rows])))
 
 
-def process_advantages(
+def process_gains(
     steps: Sequence[Sequence[tuple[int, float]]], lengths: Sequence[int], group_size: int, eps: float = 1e-6
-) -> list[list[float]]:
-    """Return A_t = sum over the steps j of the rollout with index(j) >= t of (r_j - mean(R)) / (std(R) + eps).
+) -> list[list[tuple[int, float]]]:
+    """Return (end_token, (r_j - mean(R)) / (std(R) + eps)) of each step j of each rollout.
 
     R are the values of all steps of all rollouts of the group. The std divides by n - 1, as in `group_advantages`.
 
@@ -47,7 +61,7 @@ def process_advantages(
         eps: keeps the quotient finite; it must be small compared with differences of values.
 
     Returns:
-        One list per rollout, one number per completion token; all zero in a group whose values are equal up to rounding
+        One list per rollout; all numbers are 0 in a group whose values are equal up to rounding
         (algorithm/degenerate.py).
 
     Raises:
@@ -55,7 +69,7 @@ def process_advantages(
 
     Source: DeepSeekMath, arXiv:2402.03300, section "Process Supervision RL with GRPO".
     """
-    found: list[list[float]] = []
+    found: list[list[tuple[int, float]]] = []
     for begin in range(0, len(steps), group_size):
         group = steps[begin : begin + group_size]
         values = torch.tensor([value for row in group for _, value in row], dtype=torch.float64)
@@ -65,10 +79,19 @@ def process_advantages(
         if len(values) > 1 and not equal_up_to_rounding(values.tolist()):
             std = float(values.std(correction=1))
         for row, length in zip(group, lengths[begin : begin + group_size], strict=True):
-            gains = [0.0] * length
-            for end, value in row:
+            for end, _ in row:
                 if not 0 <= end < length:
                     raise ValueError(f"a step ends at token {end} of a completion of {length} tokens")
-                gains[end] += (value - mean) / (std + eps) if std else 0.0
-            found.append(list(accumulate(reversed(gains)))[::-1])
+            found.append([(end, (value - mean) / (std + eps) if std else 0.0) for end, value in row])
     return found
+
+
+def later_gains(gains: Sequence[tuple[int, float]], length: int) -> NDArray[np.float64]:
+    """Return A_t = sum of the gains of the steps that end at or after token t, [length].
+
+    Source: see `process_gains`.
+    """
+    found = np.zeros(length)
+    if gains:
+        np.add.at(found, [end for end, _ in gains], [gain for _, gain in gains])
+    return np.cumsum(found[::-1])[::-1]

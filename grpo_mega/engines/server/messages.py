@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,8 +152,8 @@ class RolloutReply(EngineMessage, frozen=True):
 
     position: int
     member: int
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
+    token_ids: bytes  # int32, little-endian
+    log_probs: bytes  # float32, little-endian
     stop_reason: StopReason
     policy_version: int
     text: str
@@ -261,8 +262,8 @@ def rollout_reply(position: int, member: int, completion: Completion) -> Rollout
     return RolloutReply(
         position=position,
         member=member,
-        token_ids=completion.token_ids,
-        log_probs=completion.sampler_log_probs,
+        token_ids=completion.token_ids.astype("<i4", copy=False).tobytes(),
+        log_probs=completion.sampler_log_probs.astype("<f4", copy=False).tobytes(),
         stop_reason=completion.stop_reason,
         policy_version=completion.policy_version,
         text=completion.text,
@@ -273,8 +274,8 @@ def rollout_reply(position: int, member: int, completion: Completion) -> Rollout
 def read_completion(reply: RolloutReply) -> Completion:
     """Return the completion that the message carries."""
     return Completion(
-        token_ids=reply.token_ids,
-        sampler_log_probs=reply.log_probs,
+        token_ids=np.frombuffer(reply.token_ids, dtype="<i4"),
+        sampler_log_probs=np.frombuffer(reply.log_probs, dtype="<f4"),
         stop_reason=reply.stop_reason,
         policy_version=reply.policy_version,
         text=reply.text,

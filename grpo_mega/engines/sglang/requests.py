@@ -52,14 +52,14 @@ class RequestTranslator:
         Raises:
             RuntimeError: SGLang aborted the request, or returned expert choices of another shape than [N, L, K].
         """
-        token_ids = sampled.token_ids
+        token_ids = np.array(sampled.token_ids, dtype=np.int32)
         assert len(token_ids) == len(sampled.log_probs), f"{len(token_ids)} tokens, {len(sampled.log_probs)} log-probs"
         return Completion(
             token_ids=token_ids,
-            sampler_log_probs=sampled.log_probs,
+            sampler_log_probs=np.array(sampled.log_probs, dtype=np.float32),
             stop_reason=stop_reason(sampled.finish),
             policy_version=policy_version,
-            text=answer_text(self._tokenizer, token_ids),
+            text=answer_text(self._tokenizer, sampled.token_ids),
             expert_choices=self._experts(sampled, len(prompt.token_ids)),
         )
 

@@ -173,7 +173,7 @@ class VllmEngine:
                     position, member = places.pop(output.request_id)
                     completion = self._completion(output.outputs[0])
                     if self._routing is not None and sampling.expert_choices:
-                        tokens = (*prompts[position].token_ids, *completion.token_ids)
+                        tokens = (*prompts[position].token_ids, *completion.token_ids.tolist())
                         completion = replace(completion, expert_choices=self._routing.take(output.request_id, tokens))
                     yield position, member, completion
         finally:
@@ -214,11 +214,10 @@ class VllmEngine:
         return parameters
 
     def _completion(self, output: Any) -> Completion:
-        token_ids, log_probs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
-        assert len(token_ids) == len(log_probs), f"{len(token_ids)} tokens with {len(log_probs)} log-probs"
+        token_ids, log_probs = list(output.token_ids), list(output.logprobs.logprobs)
         return Completion(
-            token_ids=token_ids,
-            sampler_log_probs=log_probs,
+            token_ids=np.array(token_ids, dtype=np.int32),
+            sampler_log_probs=np.array(log_probs, dtype=np.float32),
             # vLLM gives a stop text as str and a stop token as int
             stop_reason="stop" if isinstance(output.stop_reason, str) else _STOP_REASONS[output.finish_reason],
             policy_version=self.policy_version,

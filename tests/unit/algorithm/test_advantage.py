@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from grpo_mega.algorithm.advantages.group_relative import group_advantages, leave_one_out_advantages
-from grpo_mega.algorithm.advantages.process import process_advantages
+from grpo_mega.algorithm.advantages.process import later_gains, process_gains
 from grpo_mega.algorithm.advantages.whitened import token_returns, whitened
+from tests.helpers.token_values import as_lists, own_tokens, token_values
+
+
+def process_advantages(
+    steps: list[list[tuple[int, float]]], lengths: list[int], size: int, eps: float = 1e-6
+) -> list[list[float]]:
+    gains = process_gains(steps, lengths, size, eps)
+    return [later_gains(row, length).tolist() for row, length in zip(gains, lengths, strict=True)]
+
+
+def whitened_lists(rows: list[list[float]], eps: float = 1e-8) -> list[list[float]]:
+    own = own_tokens([range(len(row)) for row in rows])
+    return as_lists(own.positions.with_values(whitened(token_values(rows).values, own, eps)))
 
 
 def test_one_right_of_four_gives_the_hand_computed_advantages() -> None:
@@ -76,16 +90,16 @@ def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
 
 def test_whitened_values_have_mean_zero_and_std_one_over_all_tokens() -> None:
     # 3 tokens of value 0 and one of value 4: mean 1, std sqrt(3)
-    values = whitened([[0.0, 0.0], [4.0], [], [0.0]], eps=0.0)
+    values = whitened_lists([[0.0, 0.0], [4.0], [], [0.0]], eps=0.0)
     assert values == [pytest.approx([-(3**-0.5)] * 2), pytest.approx([3**0.5]), [], pytest.approx([-(3**-0.5)])]
-    assert whitened([[2.0, 2.0], [2.0]]) == [[0.0, 0.0], [0.0]]
+    assert whitened_lists([[2.0, 2.0], [2.0]]) == [[0.0, 0.0], [0.0]]
     with pytest.raises(ValueError, match="not finite"):
-        whitened([[float("nan")]])
+        whitened_lists([[float("nan")]])
 
 
 def test_token_returns_subtract_the_penalties_from_a_token_on() -> None:
-    assert token_returns(10.0, [1.0, 2.0, 4.0]) == [3.0, 4.0, 6.0]
-    assert token_returns(10.0, []) == []
+    found = token_returns(np.array([10.0, 1.0, 5.0]), token_values([[1.0, 2.0, 4.0], [], [0.5]]))
+    assert found.tolist() == [3.0, 4.0, 6.0, 4.5]
 
 
 def process_oracle(steps: list[list[tuple[int, float]]], lengths: list[int]) -> list[list[float]]:

@@ -325,7 +325,7 @@ def test_filtered_rollouts_are_counted_and_dropped_groups_are_not() -> None:
     )
     filtered, batches = compute_update_loss(data, AlgorithmConfig(overlong_filter=True))
     torch.testing.assert_close(filtered, -torch.stack([*parts[:2], *parts[3:]]).sum() / 12, rtol=1e-6, atol=1e-7)
-    assert batches[0].is_trained == [i != 2 for i in range(12)]
+    assert batches[0].is_trained.tolist() == [i != 2 for i in range(12)]
     dropped, batches = compute_update_loss(data, AlgorithmConfig(degenerate="drop"))
     torch.testing.assert_close(dropped, -torch.stack([*parts[:4], *parts[8:]]).sum() / 8, rtol=1e-6, atol=1e-7)
-    assert batches[0].is_trained == [not 4 <= i < 8 for i in range(12)]
+    assert batches[0].is_trained.tolist() == [not 4 <= i < 8 for i in range(12)]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from grpo_mega.algorithm.advantages.group_relative import group_advantages, group_mean, group_std, leave_one_out
-from grpo_mega.algorithm.advantages.process import process_advantages
+from grpo_mega.algorithm.advantages.process import process_gains
 from grpo_mega.algorithm.base import StepRewards
-from grpo_mega.algorithm.degenerate import ROUNDING, equal_up_to_rounding, rewards_are_equal
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.algorithm.degenerate import ROUNDING, equal_groups, equal_up_to_rounding
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 
 ABOVE = math.nextafter(1 + 2**-24, 2.0)
@@ -35,9 +36,9 @@ def rollouts(*rewards: float) -> list[Rollout]:
 )
 def test_rounding_is_no_reason_for_an_advantage(rewards: tuple[float, float]) -> None:
     group = (*rewards, rewards[0])
-    assert rewards_are_equal(group)
-    assert SampledGroups(rollouts(*group), 3).is_degenerate(0)
-    step = StepRewards(rollouts(*group), list(group), 3)
+    assert equal_groups(np.array([group])).all()
+    assert SampledGroups.of(rollouts(*group), 3).degenerate[0]
+    step = StepRewards(list(group), 3)
     for estimator in (group_std, group_mean, leave_one_out):
         assert estimator(step).advantages == [0.0, 0.0, 0.0]
 
@@ -45,8 +46,8 @@ def test_rounding_is_no_reason_for_an_advantage(rewards: tuple[float, float]) ->
 @pytest.mark.parametrize("rewards", [(0.3, 0.3 + 1e-6), (1e7, 1e7 + 1), (0.0, 1e-11), (-1.0, 1.0)])
 def test_a_difference_above_rounding_is_kept_bit_for_bit(rewards: tuple[float, float]) -> None:
     group = (*rewards, rewards[0], rewards[1])
-    assert not SampledGroups(rollouts(*group), 4).is_degenerate(0)
-    step = StepRewards(rollouts(*group), list(group), 4)
+    assert not SampledGroups.of(rollouts(*group), 4).degenerate[0]
+    step = StepRewards(list(group), 4)
     matrix = torch.tensor([group], dtype=torch.float32)
     assert torch.equal(step.reward_matrix, matrix)
     assert group_std(step).advantages == group_advantages(matrix, scale="std").flatten().tolist()
@@ -63,23 +64,24 @@ def test_the_tolerance_is_relative_to_the_largest_value_and_at_least_to_one() ->
 
 def test_groups_are_judged_one_by_one() -> None:
     rewards = [0.1 + 0.2, 0.3, 0.3, 0.4]
-    assert StepRewards(rollouts(*rewards), rewards, 2).reward_matrix[0].unique().numel() == 1
-    assert StepRewards(rollouts(*rewards), rewards, 2).reward_matrix[1].unique().numel() == 2
+    assert StepRewards(rewards, 2).reward_matrix[0].unique().numel() == 1
+    assert StepRewards(rewards, 2).reward_matrix[1].unique().numel() == 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_never_equal(value: float) -> None:
     assert not equal_up_to_rounding([1.0, value])
     assert not equal_up_to_rounding([value, value])
-    step = StepRewards(rollouts(0.0, 0.0), [1.0, value], 2)
+    assert not equal_groups(np.array([[1.0, value]])).any()
+    step = StepRewards([1.0, value], 2)
     with pytest.raises(ValueError, match="prompt 0, rollout 1"):
         group_std(step)
 
 
 def test_steps_of_a_process_reward_follow_the_same_rule() -> None:
-    assert process_advantages([[(0, 0.1 + 0.2), (1, 0.3)], [(1, 0.3)]], [2, 2], 2) == [[0.0, 0.0], [0.0, 0.0]]
+    assert process_gains([[(0, 0.1 + 0.2), (1, 0.3)], [(1, 0.3)]], [2, 2], 2) == [[(0, 0.0), (1, 0.0)], [(1, 0.0)]]
     judged = [
         Rollout(r.prompt, r.completion, r.reward, 0, steps=((0, value), (1, 0.3)))
         for r, value in zip(rollouts(0.3, 0.3), (0.1 + 0.2, 0.3), strict=True)
     ]
-    assert SampledGroups(judged, 2).is_degenerate(0)
+    assert SampledGroups.of(judged, 2).degenerate[0]

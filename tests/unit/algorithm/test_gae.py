@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from grpo_mega.algorithm.advantages.gae import generalized_advantages, token_rewards
+from grpo_mega.algorithm.advantages import gae
+from grpo_mega.algorithm.base import StepRewards, StepValues
+from tests.helpers.token_values import own_tokens, token_values
+
+
+def generalized_advantages(
+    rewards: list[float], values: list[float], *, gamma: float, gae_lambda: float
+) -> list[float]:
+    """Return the advantages of one rollout, computed between two others."""
+    every = [token_values([[5.0] * 3, row, [7.0] * 30]) for row in (rewards, values)]
+    found = gae.generalized_advantages(*every, gamma=gamma, gae_lambda=gae_lambda)
+    return found[3 : 3 + len(rewards)].tolist()
+
+
+def token_rewards(reward: float, penalties: list[float], steps: list[tuple[int, float]] | None = None) -> list[float]:
+    """Return the rewards of one rollout whose `reward` is the part that is not in its steps."""
+    ends, values = np.array([end for end, _ in steps or []]), np.array([value for _, value in steps or []])
+    judged = StepValues(np.array([steps is not None]), np.array([0, len(ends)]), ends, values, np.zeros(1))
+    own = replace(own_tokens([range(len(penalties))]), penalties=token_values([penalties]))
+    step = StepRewards([reward], 1, completion_tokens=np.array([len(penalties)]), steps=judged)
+    return gae.token_rewards(step, own).tolist()
 
 
 def test_three_tokens_by_hand() -> None:
@@ -37,7 +59,7 @@ def test_with_lambda_1_it_is_the_return_minus_the_value_and_with_0_one_step() ->
 
 def test_a_rollout_without_tokens_has_no_advantages_and_lengths_must_agree() -> None:
     assert generalized_advantages([], [], gamma=1.0, gae_lambda=0.95) == []
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(AssertionError, match="one value per reward"):
         generalized_advantages([1.0], [1.0, 2.0], gamma=1.0, gae_lambda=0.95)
 
 
@@ -51,5 +73,5 @@ def test_a_step_is_earned_at_its_token_and_the_rest_at_the_end() -> None:
     assert token_rewards(0.0, [0.5, 0.0, 0.0], [(2, 1.0), (0, 2.0), (2, 4.0)]) == [1.5, 0.0, 5.0]
     assert token_rewards(-0.5, [0.0, 0.0], [(0, 1.0)]) == [1.0, -0.5]
     for end in (-1, 2):
-        with pytest.raises(ValueError, match=f"loss token {end}.* 2"):
+        with pytest.raises(ValueError, match=f"a step ends at token {end} of rollout 0, which has 2 loss tokens"):
             token_rewards(0.0, [0.0, 0.0], [(end, 1.0)])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from grpo_mega.algorithm.likelihood import LikelihoodLoss
-from grpo_mega.data.pack import pack
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
+from tests.helpers.packing import pack
 
 
 def test_the_loss_of_an_update_is_the_mean_of_minus_the_log_probs_of_the_trained_tokens() -> None:

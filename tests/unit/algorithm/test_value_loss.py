@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.value_loss import ValueLoss
-from grpo_mega.data.pack import pack
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
+from tests.helpers.packing import pack
 
 LENGTHS = [3, 1, 9, 1, 6]
 

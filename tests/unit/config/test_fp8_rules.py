@@ -16,7 +16,7 @@ import pytest
 from grpo_mega.config.fp8_rules import RECIPES, check_generation
 from grpo_mega.config.load import load_config
 from grpo_mega.config.policy_sections import Fp8Config
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.doctor import gpus
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.parallel.topology import Topology

@@ -1,16 +1,14 @@
-"""Packing of rollouts into rows, and assignment of rows to ranks."""
+"""Packing of rollouts into rows."""
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from grpo_mega.config.policy_sections import ParallelConfig
-from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
-from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
+from grpo_mega.types import Completion, Prompt, Reward, Rollout
+from tests.helpers.packing import pack, unpack
 
 
 def _rollout(prompt: Sequence[int], completion: Sequence[int], sampler_log_probs: Sequence[float] = ()) -> Rollout:
@@ -82,13 +80,7 @@ def test_tokens_of_an_environment_are_in_the_row_but_not_trained_on() -> None:
 
 def test_a_mask_of_a_different_length_is_rejected() -> None:
     with pytest.raises(ValueError, match="a completion has 2 tokens and a loss_mask of 3"):
-        pack(
-            [(0, _with_results(_rollout([1], [2, 3]), 1, 0, 1))],
-            row_tokens=8,
-            advantages=[0.0],
-            token_weights=[0.0],
-            pad_id=0,
-        )
+        _with_results(_rollout([1], [2, 3]), 1, 0, 1)
 
 
 def test_segments_padded_to_a_multiple_by_hand() -> None:
@@ -104,23 +96,6 @@ def test_segments_padded_to_a_multiple_by_hand() -> None:
     assert unpack(row.sampler_log_probs, row) == {7: [-1.0, -2.0], 3: [-3.0], 5: [-4.0, -5.0, -6.0]}
     with pytest.raises(ValueError, match="3 rollouts of 20 tokens in all do not fit a row of 16"):
         pack(HAND, row_tokens=16, advantages=[0] * 3, token_weights=[1] * 3, pad_id=9, segment_multiple=4)
-
-
-@pytest.mark.parametrize(
-    ("keys", "shape"),
-    [
-        ({}, RowShape(1, 1, 1)),
-        ({"tp": 4}, RowShape(1, 1, 1)),
-        ({"tp": 4, "sequence_parallel": True}, RowShape(4, 1, 1)),
-        ({"cp": 3}, RowShape(6, 6, 1)),
-        ({"cp": 2, "tp": 2}, RowShape(4, 4, 1)),
-        ({"cp": 2, "tp": 2, "sequence_parallel": True}, RowShape(8, 8, 1)),
-        ({"pp": 4}, RowShape(1, 1, 1)),
-        ({"pp": 4, "vpp": 2}, RowShape(1, 1, 4)),
-    ],
-)
-def test_the_multiples_that_each_axis_requires(keys: dict[str, Any], shape: RowShape) -> None:
-    assert RowShape.of(ParallelConfig(**keys)) == shape
 
 
 def test_full_row_has_no_padding_segment() -> None:
@@ -148,7 +123,7 @@ def test_rollouts_that_do_not_fit_the_row_are_rejected() -> None:
 
 def test_missing_sampler_log_probs_are_rejected() -> None:
     with pytest.raises(ValueError, match="3 tokens and 1 sampler_log_probs"):
-        pack([(0, _rollout([1], [2, 3, 4], [-1.0]))], row_tokens=9, advantages=[0], token_weights=[1], pad_id=0)
+        _rollout([1], [2, 3, 4], [-1.0])
 
 
 def test_expert_choices_are_at_their_tokens_and_other_tokens_have_no_record() -> None:
@@ -162,6 +137,7 @@ def test_expert_choices_are_at_their_tokens_and_other_tokens_have_no_record() ->
     assert torch.equal(row.expert_choices[4:7], choices)
     assert row.expert_choices[[*range(4), *range(7, 12)]].eq(-1).all()
     assert pack(HAND, row_tokens=12, advantages=[0] * 3, token_weights=[1] * 3, pad_id=0).expert_choices is None
+    assert pack([], row_tokens=4, advantages=[], token_weights=[], pad_id=0).expert_choices is None
     long = replace(told, completion=replace(told.completion, expert_choices=choices.repeat(2, 1, 1)))
     with pytest.raises(ValueError, match="expert choices of 6 tokens for a rollout of 4"):
         pack([(0, long)], row_tokens=12, advantages=[0], token_weights=[1], pad_id=0)
@@ -188,64 +164,3 @@ def test_unpack_inverts_pack_for_random_rollouts() -> None:
         marked = row.loss_mask.nonzero().flatten()
         assert torch.equal(row.labels[marked], row.token_ids[marked + 1])
         assert not row.loss_mask[row.cu_seqlens[1:].long() - 1].any()
-
-
-def test_a_plan_contains_every_rollout_once_within_the_limit_with_equal_numbers_of_microbatches() -> None:
-    rng = random.Random(1)
-    for _ in range(300):
-        dp, limit = rng.randrange(1, 6), rng.randrange(20, 60)
-        lengths = [rng.randrange(1, limit + 1) for _ in range(rng.randrange(0, 40))]
-        plan = plan_update(lengths, dp, limit)
-        assert len(plan) == dp
-        assert len({len(rank) for rank in plan}) == 1
-        assert len(plan[0]) >= 1
-        assert sorted(i for rank in plan for row in rank for i in row) == list(range(len(lengths)))
-        assert max(sum(lengths[i] for i in row) for rank in plan for row in rank) <= limit
-        assert plan == plan_update(lengths, dp, limit)
-        totals = [sum(lengths[i] for row in rank for i in row) for rank in plan]
-        assert max(totals) - min(totals) <= max(lengths, default=0)
-
-
-def test_ranks_with_fewer_rollouts_get_empty_microbatches() -> None:
-    assert plan_update([10, 4, 4], dp=2, max_tokens=10) == [[[0]], [[1, 2]]]
-    assert plan_update([8, 5], dp=3, max_tokens=8) == [[[0]], [[1]], [[]]]
-    assert plan_update([9, 5, 5], dp=2, max_tokens=9) == [[[0], []], [[1], [2]]]
-
-
-def test_the_number_of_microbatches_is_a_multiple_and_their_rows_have_even_length() -> None:
-    assert plan_update([5, 4, 3, 2], dp=1, max_tokens=14) == [[[0, 1, 2, 3]]]
-    assert plan_update([5, 4, 3, 2], dp=1, max_tokens=14, microbatch_multiple=2) == [[[0, 3], [1, 2]]]
-    assert plan_update([5, 4, 3], dp=1, max_tokens=5, microbatch_multiple=4) == [[[0], [1], [2], []]]
-
-
-def test_rows_have_even_length_when_one_more_is_needed() -> None:
-    assert plan_update([6, 2, 2, 2], dp=1, max_tokens=10) == [[[0], [1, 2, 3]]]
-
-
-def test_tight_packing_is_used_when_even_rows_do_not_fit() -> None:
-    # Longest to the emptiest gives 7 + 2 + 2 = 11 and 6 + 3 = 9.
-    assert plan_update([7, 6, 3, 2, 2], dp=1, max_tokens=10) == [[[0, 2], [1, 3, 4]]]
-
-
-def test_plan_without_rollouts_has_one_empty_microbatch_per_rank() -> None:
-    assert plan_update([], dp=3, max_tokens=8) == [[[]], [[]], [[]]]
-
-
-def test_rollout_longer_than_a_microbatch_names_the_key() -> None:
-    with pytest.raises(UserError, match=r"train\.max_tokens_per_microbatch=8 cannot hold a rollout of 9 tokens"):
-        plan_update([3, 9], dp=1, max_tokens=8)
-
-
-def test_minibatches_contain_whole_groups_with_sizes_that_differ_by_at_most_one() -> None:
-    assert split_minibatches(8, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
-    for groups in range(1, 30):
-        for minibatches in range(1, groups + 1):
-            cut = split_minibatches(groups, minibatches)
-            assert [i for part in cut for i in part] == list(range(groups))
-            assert len(cut) == minibatches
-            assert max(map(len, cut)) - min(map(len, cut)) <= 1
-
-
-def test_more_minibatches_than_groups_names_the_key() -> None:
-    with pytest.raises(UserError, match=r"train\.minibatches_per_epoch=5 is more than the 4 groups"):
-        split_minibatches(4, 5)

@@ -103,7 +103,7 @@ def test_the_algorithm_computes_its_formulas_and_passes_the_checks_of_a_run(writ
     torch.testing.assert_close(value, torch.tensor([1.0 + algorithm.clip_high, -2.0, low]))
     torch.testing.assert_close(log_probs.grad, torch.tensor([0.0, -2.0, low]))
     assert bounded.tolist() == [True, False, False]
-    step = StepRewards(rollouts=[], rewards=[0.0, 1.0, 1.0, 0.0, 0.0, 3.0], group_size=3)
+    step = StepRewards(rewards=[0.0, 1.0, 1.0, 0.0, 0.0, 3.0], group_size=3)
     assert advantage(step).advantages == [-1.0, 0.0, 0.0, 0.0, 0.0, 3.0]
 
 

@@ -13,7 +13,7 @@ from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import DataSet, PromptDataset
 from grpo_mega.rollout.dynamic_sampling import GroupSource
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, UserError
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "configs" / "quickstart.yaml"
@@ -43,7 +43,7 @@ class Recorder:
                 completion = Completion((1,), (0.0,), "eos", 0, f"{seed_of}", choices)
                 lost = len(rollouts) % 2 == 1 and self.is_unscored(prompt.index)
                 rollouts.append(Rollout(prompt, completion, Reward(None if lost else reward), 0))
-        return SampledGroups(rollouts, 2)
+        return SampledGroups.of(rollouts, 2)
 
 
 def make_config(*overrides: str) -> Config:
@@ -57,7 +57,8 @@ def make_source(recorder: Recorder, *overrides: str, num_prompts: int = 40) -> G
 
 
 def prompt_indices(groups: SampledGroups) -> list[int]:
-    return [groups.rollouts[i].prompt.index for i in range(0, len(groups.rollouts), 2)]
+    assert groups.table.prompt_index.tolist() == [prompt.index for prompt in groups.prompts for _ in range(2)]
+    return [prompt.index for prompt in groups.prompts]
 
 
 def test_routing_replay_without_routing_records_is_an_error_that_names_the_engine() -> None:
@@ -100,7 +101,11 @@ def test_refill_replaces_degenerate_groups_in_place_until_none_is_left() -> None
         open_places.append(open_places[-1] - sum(index % 3 == 0 for index in indices_of_round))
     assert open_places[-1] == 0
     assert groups.num_discarded == len(asked) - PER_STEP
-    assert all(groups.rollouts[i].prompt == groups.rollouts[i + 1].prompt for i in range(0, 2 * PER_STEP, 2))
+    assert groups.tokens.ids.tolist() == list(range(2 * PER_STEP))
+    assert groups.tokens.token_ids[groups.tokens.offsets[:-1]].tolist() == groups.table.prompt_index.tolist()
+    assert groups.table.reward.tolist() == [0.0, 1.0] * PER_STEP
+    seeds = {index: str(seed) for indices, seed in recorder.calls for index in indices}
+    assert groups.texts == [seeds[index] for index in found for _ in range(2)]
 
 
 def test_refill_replaces_groups_with_fewer_than_two_rewards() -> None:

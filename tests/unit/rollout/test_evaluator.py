@@ -9,7 +9,8 @@ from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.data.dataset import DataSet
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.rollout.evaluator import Evaluator
-from grpo_mega.rollout.sampler import SampledGroups, Sampler
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingOptions, SamplingRequest
 
 # answers to each prompt: those of the samples, then the greedy one; "7" is right, "6" could not be scored
@@ -34,12 +35,12 @@ class ScriptedSampler:
                 if text == "6":
                     reward = Reward(None, {}, ("exact",))
                 rollouts.append(Rollout(prompt, completion, reward, 0))
-        return SampledGroups(rollouts, request.group_size)
+        return SampledGroups.of(rollouts, request.group_size)
 
 
 def run_evaluation(sets: list[DataSet], **config: Any) -> Evaluation:
     sampler = cast("Sampler", ScriptedSampler())
-    return Evaluator(sampler, sets, EvaluationConfig(**config), 8, 0, {"exact": 1.0}).evaluate()
+    return Evaluator(sampler, sets, EvaluationConfig(**config), 8, 0, {"exact": 1.0}, lambda array: array).evaluate()
 
 
 def make_prompts(*indices: int) -> tuple[Prompt, ...]:
@@ -54,7 +55,7 @@ def test_sampling_options_reach_the_engine_with_samples_and_greedy_answers() -> 
     }  # fmt: skip
     for config in (EvaluationConfig(), EvaluationConfig(**keys)):
         sets = [DataSet("easy", make_prompts(0))]
-        Evaluator(cast("Sampler", sampler), sets, config, 8, 0, {"exact": 1.0}).evaluate()
+        Evaluator(cast("Sampler", sampler), sets, config, 8, 0, {"exact": 1.0}, lambda array: array).evaluate()
     wanted = SamplingOptions(0.9, 5, 0.1, 1.1, 0.5, -0.5, ((0, 2.0), (3, -1.5)), ("no",))
     assert [request.options for request in sampler.requests] == [SamplingOptions()] * 2 + [wanted] * 2
 
@@ -97,8 +98,20 @@ def test_samples_without_a_reward_are_left_out_and_counted() -> None:
 
 def test_the_first_term_that_applies_to_a_row_decides_whether_it_is_right() -> None:
     evaluator = Evaluator(
-        cast("Sampler", ScriptedSampler()), [], EvaluationConfig(), 8, 0, {"gsm8k": 1.0, "exact": 2.0, "format": 1.0}
+        cast("Sampler", ScriptedSampler()),
+        [],
+        EvaluationConfig(),
+        8,
+        0,
+        {"gsm8k": 1.0, "exact": 2.0, "format": 1.0},
+        lambda array: array,
     )
-    assert evaluator.is_right(Reward(1.5, {"gsm8k": 1.0, "format": 0.5}))
-    assert not evaluator.is_right(Reward(2.0, {"exact": 1.0, "format": 1.0}))
-    assert not evaluator.is_right(Reward(None, {"format": 1.0}, ("exact",)))
+    rewards = [
+        Reward(1.5, {"gsm8k": 1.0, "format": 0.5}),
+        Reward(2.0, {"exact": 1.0, "format": 1.0}),
+        Reward(None, {"format": 1.0}, ("exact",)),
+    ]
+    prompt, completion = Prompt(0, "", (1,), ""), Completion((1,), (0.0,), "eos", 0, "")
+    own = {i: Rollout(prompt, completion, reward, 0) for i, reward in enumerate(rewards)}
+    groups = SampledGroups.gather([prompt], 3, own, component_names=("gsm8k", "exact", "format"))
+    assert evaluator.is_right(groups.table).tolist() == [True, False, False]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
+import numpy as np
 import pytest
-import torch
 
 from grpo_mega.data.chat import token_ends
 from grpo_mega.data.tokenizers import byte_tokenizer
 from grpo_mega.interfaces import Engine
 from grpo_mega.observe.timers import PhaseTimer
-from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.inputs import ScoringRow
-from grpo_mega.rollout import sampler
-from grpo_mega.rollout.sampler import SampledGroups, Sampler, derived_seed, locate_step_tokens
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.rollout.sampler import Sampler, derived_seed, locate_step_tokens
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
+from tests.helpers.thread_ranks import on_ranks, one_rank
 
 REQUEST = SamplingRequest(group_size=3, temperature=0.5, max_tokens=9, seed=12345)
 SEED_OF = ("train", 0, 4)
@@ -69,57 +69,45 @@ def prompts_of(count: int) -> list[Prompt]:
 
 
 def sample_on_ranks(
-    monkeypatch: pytest.MonkeyPatch, topology: Topology, count: int, per_wave: int | None, lost: int = 0
+    topology: Topology, count: int, per_wave: int | None, lost: int = 0
 ) -> tuple[list[SampledGroups], list[ScriptedEngine], list[ScriptedScorer | None]]:
-    """Return the result of each rank; ranks are threads that exchange objects at the collective calls."""
+    """Return the result of each rank."""
     world = topology.world_size
-    gathered: list[Any] = [None] * world
-    meeting = threading.Barrier(world, timeout=10)
-    rank_of = threading.local()
-
-    def all_gather_object(received: list[Any], value: Any) -> None:
-        gathered[rank_of.rank] = value
-        meeting.wait()
-        received[:] = gathered
-
-    monkeypatch.setattr(sampler.dist, "all_gather_object", all_gather_object)
     engines = [ScriptedEngine(lost) for _ in range(world)]
     scorers = [ScriptedScorer() if not topology.coordinates(r).engine_tp_rank else None for r in range(world)]
-    results: list[Any] = [None] * world
 
-    def run(rank: int) -> None:
-        rank_of.rank = rank
-        ranks = Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
-        sampler = Sampler(cast("Engine", engines[rank]), scorers[rank], ranks, PhaseTimer(), per_wave)
-        try:
-            results[rank] = sampler.sample(prompts_of(count), REQUEST, SEED_OF)
-        except Exception as error:  # raised again below
-            results[rank] = error
+    def run(transfer: RolloutTransfer) -> SampledGroups:
+        rank = transfer.ranks.rank
+        engine = cast("Engine", engines[rank])
+        sampler = Sampler(engine, scorers[rank], transfer.collectives, PhaseTimer(), per_wave)
+        return sampler.sample(prompts_of(count), REQUEST, SEED_OF)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results, engines, scorers
+    return on_ranks(topology, run), engines, scorers
 
 
 @pytest.mark.parametrize("per_wave", [None, 1, 3, 4, 100])
 @pytest.mark.parametrize(("world", "engine_tp", "engine_dp"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (6, 2, 1), (8, 2, 2)])
 def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
-    monkeypatch: pytest.MonkeyPatch, world: int, engine_tp: int, engine_dp: int, per_wave: int | None
+    world: int, engine_tp: int, engine_dp: int, per_wave: int | None
 ) -> None:
     topology = Topology(world, engine_tp=engine_tp, engine_dp=engine_dp)
-    results, engines, scorers = sample_on_ranks(monkeypatch, topology, 7, per_wave)
-    assert all(result == results[0] for result in results)
-    rollouts = results[0].rollouts
-    assert [r.prompt for r in rollouts] == [p for p in prompts_of(7) for _ in range(3)]
-    assert [r.completion.text for r in rollouts] == [f"answer {m} to {10 + i}" for i in range(7) for m in range(3)]
-    assert [r.completion.token_ids[:2] for r in rollouts] == [(10 + i, m) for i in range(7) for m in range(3)]
-    assert [r.reward.value for r in rollouts] == [i + m / 10 for i in range(7) for m in range(3)]
+    results, engines, scorers = sample_on_ranks(topology, 7, per_wave)
+    rows = [(i, m) for i in range(7) for m in range(3)]
+    for result in results:
+        assert result.prompts == prompts_of(7)
+        assert result.table.prompt_index.tolist() == [10 + i for i, _ in rows]
+        assert result.table.reward.tolist() == [i + m / 10 for i, m in rows]
+        assert result.table.completion_tokens.tolist() == [3 * (m + 1) for _, m in rows]
+    for rank, result in enumerate(
+        results
+    ):  # a rollout is on the first rank of the shard that sampled it, and only there
+        first_ranks = result.table.share * topology.share_size
+        assert result.tokens.ids.tolist() == np.flatnonzero(first_ranks == rank).tolist()
+        own = [rows[row] for row in result.tokens.ids]
+        assert result.texts == [f"answer {m} to {10 + i}" for i, m in own]
+        starts = result.tokens.offsets[:-1]
+        columns = [result.tokens.token_ids[starts + k].tolist() for k in range(3)]
+        assert list(zip(*columns, strict=True)) == [(i, 10 + i, m) for i, m in own]
     submitted = sorted(entry for scorer in scorers if scorer is not None for entry in scorer.submitted)
     assert submitted == [
         (3 * i + m, f"question {10 + i}", f"answer {m} to {10 + i}", str(i)) for i in range(7) for m in range(3)
@@ -129,13 +117,15 @@ def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
 
 
 def test_a_reward_gets_everything_that_is_known_of_a_completion() -> None:
-    scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
+    scorer = ScriptedScorer()
     prompt = Prompt(7, "<|user|>2+2", (3,), "4", "sums", ({"role": "user", "content": "2+2"},), {"level": 3})
 
     def special(token_ids: Sequence[int]) -> str:
         return f"{len(token_ids)} tokens<|end|>"
 
-    sampler = Sampler(cast("Engine", ScriptedEngine()), scorer, ranks, PhaseTimer(), None, special_text_of=special)
+    sampler = Sampler(
+        cast("Engine", ScriptedEngine()), scorer, one_rank().collectives, PhaseTimer(), None, special_text_of=special
+    )
     sampler.sample([prompt], replace(REQUEST, group_size=2), SEED_OF)
     assert scorer.rows[1] == ScoringRow(
         "<|user|>2+2",
@@ -149,35 +139,33 @@ def test_a_reward_gets_everything_that_is_known_of_a_completion() -> None:
     )
 
 
-def test_the_prompts_of_a_wave_are_distributed_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
-    results, engines, _ = sample_on_ranks(monkeypatch, Topology(2), 7, per_wave=3)
+def test_the_prompts_of_a_wave_are_distributed_round_robin() -> None:
+    results, engines, _ = sample_on_ranks(Topology(2), 7, per_wave=3)
     dealt = [[indices for indices, _ in engine.calls] for engine in engines]
     assert dealt == [[[10, 12], [13, 15], [16]], [[11], [14], []]]
-    assert [r.replica for r in results[0].rollouts[::3]] == [0, 1, 0, 0, 1, 0, 0]
+    assert results[0].table.replica[::3].tolist() == [0, 1, 0, 0, 1, 0, 0]
     # member m has 3 (m + 1) tokens, so a group has 18
-    assert results[0].tokens_per_replica(2) == [5 * 18, 2 * 18]
-    assert results[0].tokens_per_replica(3) == [5 * 18, 2 * 18, 0]
 
 
-def test_data_parallel_ranks_of_a_replica_have_their_own_prompts_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel_ranks_of_a_replica_have_their_own_prompts_and_seeds() -> None:
     """All of them call the engine in every wave, also without prompts."""
-    results, engines, _ = sample_on_ranks(monkeypatch, Topology(4, engine_dp=2), 7, per_wave=3)
+    results, engines, _ = sample_on_ranks(Topology(4, engine_dp=2), 7, per_wave=3)
     dealt = [[indices for indices, _ in engine.calls] for engine in engines]
     assert dealt == [[[10], [13], [16]], [[11], [14], []], [[12], [15], []], [[], [], []]]
-    assert [r.replica for r in results[0].rollouts[::3]] == [0, 0, 1, 0, 0, 1, 0]
-    assert results[0].tokens_per_replica(2) == [5 * 18, 2 * 18]
+    assert results[0].table.replica[::3].tolist() == [0, 0, 1, 0, 0, 1, 0]
+    assert results[0].table.share[::3].tolist() == [0, 1, 2, 0, 1, 2, 0]
     seeds = [[request.seed for _, request in engine.calls] for engine in engines]
     assert len({seed for of_rank in seeds for seed in of_rank}) == 12
     assert seeds[3][2] == derived_seed(*SEED_OF, 2, 3)
 
 
-def test_without_a_wave_size_all_prompts_enter_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, engines, _ = sample_on_ranks(monkeypatch, Topology(1), 7, per_wave=None)
+def test_without_a_wave_size_all_prompts_enter_together() -> None:
+    _, engines, _ = sample_on_ranks(Topology(1), 7, per_wave=None)
     assert [indices for indices, _ in engines[0].calls] == [list(range(10, 17))]
 
 
-def test_each_wave_and_replica_has_its_own_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, engines, _ = sample_on_ranks(monkeypatch, Topology(2), 7, per_wave=3)
+def test_each_wave_and_replica_has_its_own_seed() -> None:
+    _, engines, _ = sample_on_ranks(Topology(2), 7, per_wave=3)
     requests = [request for engine in engines for _, request in engine.calls]
     assert len({request.seed for request in requests}) == 6
     assert {(r.group_size, r.temperature, r.max_tokens) for r in requests} == {(3, 0.5, 9)}
@@ -185,14 +173,14 @@ def test_each_wave_and_replica_has_its_own_seed(monkeypatch: pytest.MonkeyPatch)
     assert seeds == [[derived_seed("train", 0, 4, wave, replica) for wave in range(3)] for replica in range(2)]
 
 
-def test_missing_rollouts_of_an_engine_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_rollouts_of_an_engine_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="19 of 21 rollouts"):
-        sample_on_ranks(monkeypatch, Topology(1), 7, per_wave=None, lost=2)
+        sample_on_ranks(Topology(1), 7, per_wave=None, lost=2)
 
 
-def test_no_prompts_give_no_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    results, _, _ = sample_on_ranks(monkeypatch, Topology(1), 0, per_wave=None)
-    assert results[0].rollouts == []
+def test_no_prompts_give_no_rollouts() -> None:
+    results, _, _ = sample_on_ranks(Topology(1), 0, per_wave=None)
+    assert len(results[0].table) == len(results[0].tokens) == 0
 
 
 def test_derived_seed_is_the_same_in_every_process_and_fits_31_bits() -> None:
@@ -204,7 +192,7 @@ def test_derived_seed_is_the_same_in_every_process_and_fits_31_bits() -> None:
     assert derived_seed("train", 1, 11) != derived_seed("train", 11, 1)
 
 
-def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor() -> None:
     floor = Reward(-1.0, {"exact": -1.0}, ("environment",))
 
     class Failing(ScriptedEngine):
@@ -220,10 +208,17 @@ def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(mon
 
             super().generate(prompts, sampling, add_failure)
 
-    scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
-    sampler = Sampler(cast("Engine", Failing()), scorer, ranks, PhaseTimer(), None, lambda dataset: floor)
-    rollouts = sampler.sample(prompts_of(2), REQUEST, SEED_OF).rollouts
-    assert [r.reward for r in rollouts] == [Reward(0.0), floor, Reward(0.2), Reward(1.0), floor, Reward(1.2)]
+    scorer = ScriptedScorer()
+    sampler = Sampler(
+        cast("Engine", Failing()), scorer, one_rank().collectives, PhaseTimer(), None, ["exact"], lambda dataset: floor
+    )
+    groups = sampler.sample(prompts_of(2), REQUEST, SEED_OF)
+    assert groups.table.reward.tolist() == [0.0, -1.0, 0.2, 1.0, -1.0, 1.2]
+    assert groups.table.components[:, 0].tolist() == pytest.approx(
+        [np.nan, -1, np.nan, np.nan, -1, np.nan], nan_ok=True
+    )
+    assert groups.table.has_failed.tolist() == [False, True, False] * 2
+    assert groups.failures == [(), ("environment",), ()] * 2
     assert sorted(key for key, *_ in scorer.submitted) == [0, 2, 3, 5]
 
 

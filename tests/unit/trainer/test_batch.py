@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,38 +17,43 @@ from grpo_mega.algorithm.advantages.group_relative import group_advantages
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import TrainConfig
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch, build_batch, explain_batch, shuffled_rewards
-from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.objective import Credit, Objective
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
+from tests.helpers.recorded_rollouts import RolloutGroups
+from tests.helpers.thread_ranks import on_ranks
+from tests.helpers.token_values import token_values
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 GROUP = 4
 OBJECTIVE = Objective(AlgorithmConfig(), max_tokens=64)
 
 
-def random_groups(num_groups: int, seed: int = 0) -> tuple[SampledGroups, list[float]]:
-    """Return rollouts in which rollout i has the tokens from 100 i on, with lengths from 2 to 40."""
+def random_groups(num_groups: int, seed: int = 0) -> tuple[RolloutGroups, list[float]]:
+    """Return rollouts in which the completion of rollout i has the tokens from 100 i on, of 2 to 40 tokens."""
     rng = random.Random(seed)
     rollouts = []
     for i in range(num_groups * GROUP):
-        prompt, completion = rng.randrange(1, 9), rng.randrange(1, 33)
-        ids = range(100 * i, 100 * i + prompt + completion)
+        length, completion = rng.randrange(1, 9), rng.randrange(1, 33)
+        if i % GROUP == 0:
+            prompt = Prompt(i // GROUP, "", tuple(range(length)), "")
+        ids = range(100 * i, 100 * i + completion)
         rollouts.append(
             Rollout(
-                Prompt(i // GROUP, "", tuple(ids[:prompt]), ""),
-                Completion(tuple(ids[prompt:]), tuple(-0.001 * t for t in ids[prompt:]), "eos", 0, ""),
+                prompt,
+                Completion(tuple(ids), tuple(-0.001 * t for t in ids), "eos", 0, ""),
                 Reward(rng.random()),
                 replica=0,
             )
         )
-    return SampledGroups(rollouts, GROUP), [r.reward.value for r in rollouts]
+    return RolloutGroups(rollouts, GROUP), [r.reward.value for r in rollouts]
 
 
 def build_batches(
-    groups: SampledGroups,
+    groups: RolloutGroups,
     rewards: Sequence[float | None],
     dp: int,
     budget: int,
@@ -56,7 +62,14 @@ def build_batches(
 ) -> list[TrainBatch]:
     """Return one batch per data-parallel rank."""
     train = TrainConfig(steps=1, minibatches_per_epoch=minibatches, max_tokens_per_microbatch=budget)
-    return [build_batch(groups, rewards, train, OBJECTIVE, dp=dp, dp_rank=rank, shape=shape) for rank in range(dp)]
+    known = np.array([np.nan if reward is None else reward for reward in rewards])
+    sampled = groups.sampled()
+
+    def build(transfer: RolloutTransfer) -> TrainBatch:
+        held = sampled.held_by(is_first=transfer.ranks.is_first)
+        return build_batch(held, known, train, OBJECTIVE, transfer=transfer, shape=shape)
+
+    return on_ranks(Topology(dp), build)
 
 
 def loss_tokens(batch: TrainBatch, minibatch: int) -> Counter[tuple[int, int, float, float]]:
@@ -161,7 +174,8 @@ def test_advantages_are_those_of_the_groups() -> None:
     groups, rewards = random_groups(3)
     batch = build_batches(groups, rewards, 1, 1000)[0]
     expected = group_advantages(torch.tensor(rewards).view(3, GROUP)).flatten()
-    assert batch.advantages == expected.tolist()
+    assert batch.advantages.ids.tolist() == list(range(12))
+    assert batch.mean_advantages.tolist() == expected.tolist()
     for minibatch in range(2):
         for rollout, _, _, advantage in loss_tokens(batch, minibatch):
             assert advantage == expected[rollout].item()
@@ -195,44 +209,45 @@ def test_log_probs_are_attached_to_their_own_rows() -> None:
 
 def test_values_and_returns_are_on_the_tokens_of_their_rollouts() -> None:
     groups, rewards = random_groups(6)
-    numbers = [[float(t) for t in r.completion.token_ids] for r in groups.rollouts]
-    halves = [[n / 2 for n in row] for row in numbers]
+    numbers = token_values([[float(t) for t in r.completion.token_ids] for r in groups.rollouts])
+    halves, thirds = numbers.with_values(numbers.values / 2), numbers.with_values(numbers.values / 3)
     for part in build_batches(groups, rewards, 3, 64):
-        filled = part.with_values(numbers, halves)
-        assert filled.values == numbers
-        assert filled.returns == halves
+        filled = part.with_credit(Credit(thirds, halves), numbers)
+        assert (filled.values, filled.returns) == (numbers, halves)
         for row in filled.microbatches:
             assert row.old_values is not None
             assert row.returns is not None
             assert torch.equal(row.old_values, torch.where(row.loss_mask, row.labels.float(), 0.0))
             assert torch.equal(row.returns, row.old_values / 2)
+            torch.testing.assert_close(row.advantages, row.old_values / 3, rtol=1e-6, atol=0)
 
 
 def test_completion_values_over_all_ranks_are_those_of_each_rollout() -> None:
     groups, rewards = random_groups(6)
     found: dict[int, list[float]] = {}
     for part in build_batches(groups, rewards, 3, 64):
-        mine = part.completion_values([row.labels.float() for row in part.microbatches])
+        mine = part.completion_values([row.labels.float() for row in part.microbatches]).by_rollout()
         assert not mine.keys() & found.keys()
         found |= mine
     assert found == {i: [float(t) for t in r.completion.token_ids] for i, r in enumerate(groups.rollouts)}
 
 
 def test_shuffled_rewards_are_a_permutation_fixed_by_the_seed() -> None:
-    rewards = [Reward(float(i)) for i in range(50)]
-    shuffled = shuffled_rewards(rewards, seed=3)
-    assert shuffled != [r.value for r in rewards]
-    assert sorted(shuffled) == [r.value for r in rewards]
-    assert shuffled_rewards(rewards, seed=3) == shuffled
-    assert shuffled_rewards(rewards, seed=4) != shuffled
+    rewards = np.arange(50.0)
+    shuffled = shuffled_rewards(rewards, seed=3).tolist()
+    assert shuffled != rewards.tolist()
+    assert sorted(shuffled) == rewards.tolist()
+    assert shuffled_rewards(rewards, seed=3).tolist() == shuffled
+    assert shuffled_rewards(rewards, seed=4).tolist() != shuffled
 
 
 def test_rollouts_without_a_reward_stay_without_when_rewards_are_shuffled() -> None:
-    rewards = [Reward(None if i % 3 == 0 else float(i)) for i in range(50)]
+    rewards = np.array([math.nan if i % 3 == 0 else float(i) for i in range(50)])
     shuffled = shuffled_rewards(rewards, seed=3)
-    assert [value is None for value in shuffled] == [i % 3 == 0 for i in range(50)]
-    assert sorted(v for v in shuffled if v is not None) == [float(i) for i in range(50) if i % 3]
-    assert shuffled != [r.value for r in rewards]
+    known = ~np.isnan(shuffled)
+    assert known.tolist() == [i % 3 != 0 for i in range(50)]
+    assert sorted(shuffled[known].tolist()) == [float(i) for i in range(50) if i % 3]
+    assert shuffled[known].tolist() != rewards[known].tolist()
 
 
 def test_the_description_of_a_step_has_the_hand_computed_numbers() -> None:

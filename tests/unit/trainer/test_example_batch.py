@@ -9,8 +9,8 @@ import torch
 
 from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.example_dataset import Example
-from grpo_mega.data.pack import RowShape
-from grpo_mega.trainer.example_batch import as_rollout, build_example_batch
+from grpo_mega.data.row_plan import RowShape
+from grpo_mega.trainer.example_batch import build_example_batch, example_tokens
 from grpo_mega.types import UserError
 
 MULTI_TURN = Example(0, array("i", [5, 6, 7, 8, 9, 10]), bytes([0, 0, 1, 0, 1, 1]))
@@ -58,11 +58,11 @@ def test_each_minibatch_has_its_own_denominator() -> None:
 
 
 def test_an_example_keeps_its_tokens_as_a_rollout() -> None:
-    rollout = as_rollout(MULTI_TURN)
-    assert rollout.prompt.token_ids == (5, 6)
-    assert rollout.completion.token_ids == (7, 8, 9, 10)
-    assert rollout.completion.loss_mask == (True, False, True, True)
-    assert as_rollout(SHORT).completion.loss_mask is None
+    found = example_tokens([LAST_UNTRAINED, MULTI_TURN, SHORT], [1, 2])
+    assert found.ids.tolist() == [1, 2]
+    assert found.token_ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert found.prompt_tokens.tolist() == [2, 1]
+    assert found.loss_mask.astype(int).tolist() == [0, 0, 1, 0, 1, 1, 0, 1]
 
 
 def test_an_example_longer_than_a_row_is_an_error() -> None:

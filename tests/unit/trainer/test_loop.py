@@ -14,15 +14,13 @@ from torch import Tensor
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import TrainConfig
-from grpo_mega.data.pack import RowShape
+from grpo_mega.data.row_plan import RowShape
 from grpo_mega.observe.timers import PhaseTimer
-from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.parallel.topology import Topology
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import build_batch
 from grpo_mega.trainer.loop import (
     TrainerState,
-    gather_old_log_probs,
+    sampled_old_log_probs,
     state_bytes,
     update,
     update_critic,
@@ -30,6 +28,8 @@ from grpo_mega.trainer.loop import (
 )
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats
+from tests.helpers.thread_ranks import one_rank
+from tests.helpers.token_values import as_lists
 
 TRAIN = TrainConfig(steps=1, epochs_per_rollout=2, minibatches_per_epoch=2, max_tokens_per_microbatch=20)
 
@@ -65,7 +65,6 @@ def job_of(critic: FakeCritic | None) -> TrainerState:
         yield
         critic.calls.append("host")
 
-    topology = Topology(1)
     optimizer = OptimizerConfig(lr=1.0, decay_updates=10)
     return cast(
         "TrainerState",
@@ -75,7 +74,8 @@ def job_of(critic: FakeCritic | None) -> TrainerState:
             phases=SimpleNamespace(valuing=valuing),
             timers=PhaseTimer(),
             config=SimpleNamespace(train=TRAIN, optimizer=optimizer),
-            ranks=Ranks(topology, topology.coordinates(0), torch.device("cpu")),
+            ranks=one_rank().ranks,
+            transfer=one_rank(),
         ),
     )
 
@@ -85,9 +85,8 @@ def step_of(algorithm: AlgorithmConfig) -> tuple[Objective, SampledGroups, Any]:
         Rollout(Prompt(i // 2, "", (1, 2), ""), Completion((3,) * n, (0.0,) * n, "eos", 0, ""), Reward(float(i % 2)), 0)
         for i, n in enumerate([1, 3, 2, 2])
     ]
-    groups, objective = SampledGroups(rollouts, 2), Objective(algorithm, max_tokens=8)
-    rewards = [r.reward.value for r in rollouts]
-    batch = build_batch(groups, rewards, TRAIN, objective, dp=1, dp_rank=0, shape=RowShape())
+    groups, objective = SampledGroups.of(rollouts, 2), Objective(algorithm, max_tokens=8)
+    batch = build_batch(groups, groups.table.reward, TRAIN, objective, transfer=one_rank(), shape=RowShape())
     return objective, groups, batch
 
 
@@ -101,9 +100,9 @@ def test_the_critic_computes_values_and_is_updated_while_it_has_the_device() -> 
     assert critic.calls[-1] == "host"
     assert [ids for ids, _ in critic.calls[2:-1]] == minibatches * 2
     assert [u.learning_rate for u in updates] == rates
-    assert batch.values == [[3.0] * n for n in (1, 3, 2, 2)]
-    assert batch.returns[0] == pytest.approx([0.0])
-    assert sum(a for row in batch.advantages for a in row) == pytest.approx(0.0, abs=1e-6)
+    assert as_lists(batch.values) == [[3.0] * n for n in (1, 3, 2, 2)]
+    assert as_lists(batch.returns)[0] == pytest.approx([0.0])
+    assert batch.advantages.values.sum() == pytest.approx(0.0, abs=1e-6)
     assert batch.microbatches[0].advantages[batch.microbatches[0].loss_mask].abs().min() > 0
 
 
@@ -145,14 +144,14 @@ class FakePolicy:
         return UpdateStats(1.0, rate, {}, {}), found
 
 
-def run_updates(algorithm: AlgorithmConfig, policy: FakePolicy) -> list[list[float] | None]:
-    objective, _, batch = step_of(algorithm)
+def run_updates(algorithm: AlgorithmConfig, policy: FakePolicy) -> dict[int, list[float]]:
+    objective, groups, batch = step_of(algorithm)
     job = job_of(None)
     job.policy, job.config.algorithm = policy, algorithm  # type: ignore[misc, assignment]
     batch = with_log_probs(job, objective, batch)
     batch, stats = update(job, objective.loss(), batch, 0)
     assert len(stats) == 4
-    return gather_old_log_probs(job, batch)
+    return sampled_old_log_probs(job, batch, groups.table).by_rollout()
 
 
 WITHOUT_REFERENCE = {"kl_coef": 0.0}
@@ -163,7 +162,7 @@ def test_the_first_minibatch_gets_its_old_log_probs_from_the_first_update() -> N
     found = run_updates(AlgorithmConfig(**WITHOUT_REFERENCE), policy)
     assert policy.passes == [(2, 3)]  # of two minibatches with two rollouts
     assert policy.old == [None, 0.0, 0.0, 0.0]  # the second epoch reads those of the first update
-    assert found == [[0.0] * n for n in (1, 3, 2, 2)]
+    assert found == {i: [0.0] * n for i, n in enumerate((1, 3, 2, 2))}
 
 
 def test_a_penalty_in_the_reward_needs_the_log_probs_of_all_minibatches_first() -> None:
@@ -177,7 +176,7 @@ def test_with_the_log_probs_of_the_sampler_no_pass_is_made_and_the_others_stay_u
     policy = FakePolicy()
     found = run_updates(AlgorithmConfig(old_log_probs="sampler", **WITHOUT_REFERENCE), policy)
     assert policy.passes == []
-    assert found == [[0.0], [0.0] * 3, None, None]  # the second minibatch is computed after an update
+    assert found == {0: [0.0], 1: [0.0] * 3}  # the second minibatch is computed after an update
 
 
 def test_a_stage_without_log_probs_makes_the_same_passes() -> None:

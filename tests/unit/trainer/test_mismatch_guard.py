@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from grpo_mega.config.schema import Config
-from grpo_mega.trainer.mismatch_guard import (
-    EngineMismatchError,
-    MismatchGuard,
-    TokenMismatch,
-    largest_mismatch,
-    with_known,
-)
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.mismatch_guard import EngineMismatchError, MismatchGuard
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
+from tests.helpers.thread_ranks import on_ranks
+from tests.helpers.token_values import token_values
 
 
 def rollout(log_probs: list[float], mask: tuple[bool, ...] | None = None, version: int = 4) -> Rollout:
@@ -23,44 +26,37 @@ def rollout(log_probs: list[float], mask: tuple[bool, ...] | None = None, versio
     return Rollout(Prompt(7, "", (0,), ""), completion, Reward(0.0), 0)
 
 
-UNLIKELY = math.log(1e-3)
+def check(guard: MismatchGuard, step: int, rollouts: list[Rollout], old: Sequence[list[float]], passed: str) -> None:
+    """Check rollouts of one prompt on one rank."""
+    groups = SampledGroups.of(rollouts, len(rollouts))
+    guard.check(step, Differences.of(groups.tokens, token_values(old)), groups.table, lambda array: array[None], passed)
 
 
-def test_the_largest_difference_of_likely_tokens_by_hand() -> None:
-    rollouts = [rollout([-1.0, UNLIKELY - 1]), rollout([-0.5, -2.0, -9.0])]
-    old = [[-1.25, UNLIKELY - 3], [-0.5, -2.75, -20.0]]  # the differences of unlikely tokens are 2 and 11
-    assert largest_mismatch(rollouts, old) == TokenMismatch(0.75, 1, 1, -2.75, -2.0)
+def test_a_log_prob_that_is_not_a_number_stops_a_run_with_any_bound() -> None:
+    with pytest.raises(EngineMismatchError, match="differ by inf nats"):
+        check(MismatchGuard(1e9, ""), 1, [rollout([-1.0])], [[math.nan]], "")
 
 
-@pytest.mark.parametrize(("old", "sampled"), [(-1.0, -30.0), (-30.0, -1.0)])
-def test_a_token_that_only_one_side_finds_likely_counts(old: float, sampled: float) -> None:
-    found = largest_mismatch([rollout([sampled])], [[old]])
-    assert found is not None
-    assert found.size == 29.0
+def test_ranks_add_their_tokens_and_name_the_worst_of_all() -> None:
+    """Two tokens beyond the bound on each of two ranks are too many; each rank alone would not stop."""
+    guard = MismatchGuard(0.5, "")
+    messages: list[str] = []
 
+    def of_rank(transfer: RolloutTransfer) -> None:
+        rank = transfer.ranks.rank
+        own = {rank * 2: rollout([-1.0, -1.0, -1.0]), rank * 2 + 1: rollout([-2.0])}
+        prompts = [Prompt(20 + i, "", (0,), "") for i in range(2)]
+        collectives = transfer.collectives
+        groups = SampledGroups.gather(prompts, 2, own, share=rank, sum_over_ranks=collectives.sum)
+        off = -2.0 - rank / 4
+        old = replace(token_values([[off, off, -1.0], [-2.0]]), ids=np.array(sorted(own)))
+        with pytest.raises(EngineMismatchError, match="4 of 6 tokens exceed") as raised:
+            guard.check(1, Differences.of(groups.tokens, old), groups.table, collectives.gather, "")
+        messages.append(str(raised.value))
 
-def test_unlikely_tokens_alone_give_no_result() -> None:
-    assert largest_mismatch([rollout([UNLIKELY, -8.0])], [[UNLIKELY, -30.0]]) is None
-
-
-def test_tokens_without_loss_do_not_count() -> None:
-    found = largest_mismatch([rollout([-1.0, -9.0, -2.0], (True, False, True))], [[-1.0, -2.5]])
-    assert found == TokenMismatch(0.5, 0, 1, -2.5, -2.0)
-
-
-def test_a_log_prob_that_is_not_a_number_is_an_infinite_difference() -> None:
-    found = largest_mismatch([rollout([-1.0, -1.0])], [[math.nan, -3.0]])
-    assert found is not None
-    assert found.size == math.inf
-    with pytest.raises(EngineMismatchError):
-        MismatchGuard(1e9, "").check(1, [rollout([-1.0])], [[math.nan]], "")
-
-
-def test_rollouts_whose_log_probs_before_the_update_are_not_known_do_not_count() -> None:
-    first, second = rollout([-1.0]), rollout([-2.0])
-    assert with_known([first, second], [None, [-2.5]]) == ([second], [[-2.5]])
-    with pytest.raises(EngineMismatchError, match="differ by 0"):
-        MismatchGuard(0.1, "").check(1, *with_known([first, second], [None, [-2.5]]), "")
+    on_ranks(Topology(2), of_rank)
+    assert messages[0] == messages[1]
+    assert "token 0 of a rollout of prompt 21 has log-prob -2.2500 in the policy and -1.0000" in messages[0]
 
 
 def config(**sections: Any) -> Config:
@@ -104,18 +100,18 @@ def test_a_few_tokens_may_exceed_the_bound(tokens: int, beyond: int, stops: bool
     """Two of a small step, one in a thousand of a large one; a difference equal to the bound does not count."""
     guard, old = MismatchGuard(0.5, ""), [-1.75] * beyond + [-1.5] * (tokens - beyond)
     if not stops:
-        guard.check(1, [rollout([-1.0] * tokens)], [old], "")
+        check(guard, 1, [rollout([-1.0] * tokens)], [old], "")
         return
     with pytest.raises(EngineMismatchError, match=f"{beyond} of {tokens} tokens"):
-        guard.check(1, [rollout([-1.0] * tokens)], [old], "")
+        check(guard, 1, [rollout([-1.0] * tokens)], [old], "")
 
 
 def test_a_token_far_beyond_the_bound_stops_with_what_the_user_needs() -> None:
     guard = MismatchGuard(0.5, "guard.max_mismatch=auto with precision.dtype=bf16")
     rollouts = [rollout([-1.0]), rollout([-1.0, -2.0], mask=(False, True))]
-    guard.check(3, rollouts, [[-3.0], [-2.0]], "everything")  # one token, four times the bound
+    check(guard, 3, rollouts, [[-3.0], [-2.0]], "everything")  # one token, four times the bound
     with pytest.raises(EngineMismatchError) as raised:
-        guard.check(3, rollouts, [[-3.25], [-2.0]], "the digests were equal")
+        check(guard, 3, rollouts, [[-3.25], [-2.0]], "the digests were equal")
     for part in (
         "step 3",
         "2.25 nats",
@@ -131,18 +127,17 @@ def test_a_token_far_beyond_the_bound_stops_with_what_the_user_needs() -> None:
 
 
 def test_without_a_bound_nothing_is_checked() -> None:
-    MismatchGuard(None, "").check(1, [rollout([-1.0])], [[math.nan]], "")
+    check(MismatchGuard(None, ""), 1, [rollout([-1.0])], [[math.nan]], "")
 
 
 def test_equal_rollouts_of_a_prompt_count_once() -> None:
     """16 equal rollouts have the same rounding; rollouts that differ before the token count each."""
     guard = MismatchGuard(0.5, "")
-    guard.check(1, [rollout([-1.0])] * 16, [[-1.75]] * 16, "")
+    check(guard, 1, [rollout([-1.0])] * 16, [[-1.75]] * 16, "")
     different = [rollout([-1.0, -1.0], mask=(False, True)) for _ in range(3)]
-    for k, each in enumerate(different):
-        object.__setattr__(each.completion, "token_ids", (k, 9))
+    different = [replace(r, completion=replace(r.completion, token_ids=[k, 9])) for k, r in enumerate(different)]
     with pytest.raises(EngineMismatchError, match="3 of 3 tokens"):
-        guard.check(1, different, [[-1.75]] * 3, "")
+        check(guard, 1, different, [[-1.75]] * 3, "")
     right = [rollout([-1.0] * 400)] * 10  # 4,000 tokens, of which 400 are distinct
     with pytest.raises(EngineMismatchError, match="3 of 403 tokens"):
-        guard.check(1, [*right, *different], [*[[-1.0] * 400] * 10, *[[-1.75]] * 3], "")
+        check(guard, 1, [*right, *different], [*[[-1.0] * 400] * 10, *[[-1.75]] * 3], "")

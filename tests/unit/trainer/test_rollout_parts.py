@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,13 +18,15 @@ from grpo_mega.observe.rollout_files.selection import sampled_groups
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
-from grpo_mega.trainer.rollout_parts import RolloutParts, rollout_columns, writes_rollouts
+from grpo_mega.trainer.rollout_parts import RolloutParts, writes_rollouts
 from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 from grpo_mega.weight_sync.sync import SyncReport
+from tests.helpers.observed_rollouts import columns_of_rollouts
 from tests.helpers.planner_cases import config_of
+from tests.helpers.token_values import token_values
 
 SYNC = SyncReport(seconds=1.0, verify_seconds=0.0, written_bytes=0, received_bytes=0, policy_digest="")
 
@@ -42,8 +44,7 @@ def make_rollout(index: int = 7, replica: int = 1, **changed: Any) -> Rollout:
 
 
 def columns_of(rollouts: list[Rollout], olds: list[Any], advantages: list[float] | None = None) -> Any:
-    positions = np.arange(len(rollouts), dtype=np.int32)
-    return rollout_columns(4, rollouts, positions, 2, advantages or [0.0] * len(rollouts), olds)
+    return columns_of_rollouts(rollouts, advantages or [0.0] * len(rollouts), olds, group_size=len(rollouts))
 
 
 def rows_of(tmp_path: Path, columns: Any) -> list[dict[str, Any]]:
@@ -90,17 +91,8 @@ def test_tokens_of_the_environment_have_a_false_mask_and_zero_old_log_probs(tmp_
     assert (first["loss_mask"], first["num_turns"]) == ([True, False, True], 2)
     assert first["steps"] == [(0, 0.5), (2, 1.0)]
     assert (second["old_log_probs"], second["loss_mask"], second["steps"]) == (None, None, None)
-    with pytest.raises(ValueError, match=r"old_log_probs.* prompt 7 has 3 entries for 2 completion"):
+    with pytest.raises(ValueError, match="old_log_probs must have one entry per token that the policy sampled"):
         columns_of([make_rollout(completion=several)], [[-1.0, -2.0, -3.0]])
-
-
-def test_lists_of_different_lengths_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"old_log_probs.* prompt 7 .*2 .*3"):
-        columns_of([make_rollout()], [[-1.0, -2.0]])
-    with pytest.raises(ValueError, match="zip"):
-        columns_of([make_rollout()], [None, None])
-    with pytest.raises(ValueError, match="advantage has 2 rows"):
-        columns_of([make_rollout()], [None], [0.0, 1.0])
 
 
 def test_routing_records_have_their_shape_and_minus_one_for_no_record(tmp_path: Path) -> None:
@@ -115,21 +107,23 @@ def test_routing_records_have_their_shape_and_minus_one_for_no_record(tmp_path: 
     assert read_step(tmp_path).expert_shape == (2, 2)
 
 
-def result_of(num_groups: int, replicas: int) -> StepResult:
-    """Groups of two rollouts that the replicas sampled in turns."""
+def result_of(num_groups: int, replica: int, replicas: int) -> StepResult:
+    """Groups of two rollouts that the replicas sampled in turns, as the first rank of one of them has them."""
     rollouts = [make_rollout(group, group % replicas) for group in range(num_groups) for _ in range(2)]
-    count = len(rollouts)
-    batch = TrainBatch([], [0.25] * count, is_trained=[True] * count)
-    return StepResult(3, SampledGroups(rollouts, 2), batch, [None] * count, [], SYNC, kl_coef=0.0)
+    whole = SampledGroups.of(rollouts, 2)
+    own = np.flatnonzero(whole.table.replica == replica)
+    groups = replace(whole, tokens=whole.tokens.select(own), texts=["46"] * len(own), failures=[()] * len(own))
+    batch = cast("TrainBatch", None)
+    return StepResult(3, groups, batch, token_values([]), np.full(len(rollouts), 0.25), [], SYNC, kl_coef=0.0)
 
 
 def written(tmp_path: Path, config: Config, num_groups: int = 5, replicas: int = 2) -> Path:
     topology = Topology(2 * replicas, engine_tp=2)
-    result = result_of(num_groups, replicas)
     with BackgroundWriter() as writer:
         for rank in range(topology.world_size):
             ranks = Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
             if writes_rollouts(ranks):
+                result = result_of(num_groups, rank // 2, replicas)
                 columns = RolloutParts(config, RunFolder(tmp_path), ranks, writer).write(result)
                 assert set(columns.group) == set(range(rank // 2, num_groups, replicas))
     return RunFolder(tmp_path).rollouts_of(3)
@@ -163,8 +157,8 @@ def test_an_error_of_a_step_is_raised_in_the_next_step(tmp_path: Path) -> None:
     (tmp_path / "rollouts").write_text("in the way")
     writer = BackgroundWriter()
     parts = RolloutParts(config_of(), RunFolder(tmp_path), ranks, writer)
-    parts.write(result_of(2, 1))
+    parts.write(result_of(2, 0, 1))
     writer.wait()
     with pytest.raises(RolloutFileError, match=r"rollouts of step 3: .*part-00000\.parquet cannot be written"):
-        parts.write(result_of(2, 1))
+        parts.write(result_of(2, 0, 1))
     writer.close()

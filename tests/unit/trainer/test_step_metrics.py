@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
-import torch
+from numpy.typing import NDArray
 
+from grpo_mega.data.rollout_table import RolloutTable
+from grpo_mega.data.row_plan import RowShape, plan_step
 from grpo_mega.observe.metric_table import require_known
-from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
-from grpo_mega.trainer.step_metrics import StepResult, mismatch
+from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, StopReason, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
+from tests.helpers.token_values import token_values
 
 
 def make_rollout(
@@ -43,27 +47,37 @@ def make_stats(loss: float, ratio: float, learning_rate: float, **more: float) -
     )
 
 
+ROLLOUTS = [
+    make_rollout([-1.0, -2.0], 1.0, num_prompt_tokens=3),
+    make_rollout([-1.0], 0.0, num_prompt_tokens=3, stop="length"),
+    make_rollout([-0.5, -0.5, -0.5], 0.5, num_prompt_tokens=5, replica=2, failures=("exact",)),
+    make_rollout([-1.0, -1.0], 0.5, num_prompt_tokens=5, replica=2),
+]
+
+
 def make_result(updates: list[UpdateStats]) -> StepResult:
-    rollouts = [
-        make_rollout([-1.0, -2.0], 1.0, num_prompt_tokens=3),
-        make_rollout([-1.0], 0.0, num_prompt_tokens=3, stop="length"),
-        make_rollout([-0.5, -0.5, -0.5], 0.5, num_prompt_tokens=5, replica=2, failures=("exact",)),
-        make_rollout([-1.0, -1.0], 0.5, num_prompt_tokens=5, replica=2),
-    ]
-    old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
     sync = SyncReport(
         seconds=0.5, verify_seconds=0.1, written_bytes=3_000_000_000, received_bytes=1_000_000_000, policy_digest=""
     )
-    groups = SampledGroups(rollouts, 2, num_discarded=2)
-    batch = TrainBatch([], [], is_trained=[True, True, False, True])
-    return StepResult(4, groups, batch, old, updates, sync, kl_coef=0.04)
+    return result_of(ROLLOUTS, updates, sync)
+
+
+def result_of(rollouts: list[Rollout], updates: list[UpdateStats], sync: SyncReport) -> StepResult:
+    groups = SampledGroups.of(rollouts, 2)
+    plan = plan_step(np.array([4, 3, 5, 4]), [range(4)], max_tokens=8, dp=2, shape=RowShape())
+    nothing = token_values([])
+    is_trained = np.array([True, True, False, True])
+    batch = TrainBatch([], plan, nothing, nothing, groups.table.reward, is_trained)
+    tokens, advantages = {"train/mismatch_max": 0.5}, np.array([1.0, -1.0, 0.5, -0.5])
+    return StepResult(4, replace(groups, num_discarded=2), batch, nothing, advantages, updates, sync, 0.04, tokens)
+
+
+def is_one(table: RolloutTable) -> NDArray[np.bool_]:
+    return table.reward == 1
 
 
 def test_all_metrics_of_a_step_by_hand() -> None:
-    found = make_result([make_stats(0.2, 1.5, 1e-4, kl=0.1), make_stats(0.4, 1.25, 2e-4, kl=0.3)]).metrics(
-        3, lambda r: r.value == 1
-    )
-    k3 = (math.exp(-0.5) + 0.5 - 1 + math.exp(0.25) - 0.25 - 1) / 8
+    found = make_result([make_stats(0.2, 1.5, 1e-4, kl=0.1), make_stats(0.4, 1.25, 2e-4, kl=0.3)]).metrics(3, is_one)
     assert found == pytest.approx(
         {
             "reward/mean": 0.5,
@@ -81,11 +95,11 @@ def test_all_metrics_of_a_step_by_hand() -> None:
             "group/reward_std": math.sqrt(0.5) / 2,
             "group/pass_at_1": 0.25,
             "group/pass_at_2": 0.5,
+            "group/advantage_std": math.sqrt(0.625),
+            "group/advantage_max": 1.0,
             "rollout/length_p10": 1.3,
             "rollout/length_p50": 2.0,
             "rollout/length_p90": 2.7,
-            "rollout/repeated_ngram_fraction": 0.0,
-            "rollout/other_script_fraction": 0.0,
             "group/degenerate_fraction": 0.75,
             "group/discarded": 2.0,
             "rollout/length_mean": 2.0,
@@ -108,9 +122,8 @@ def test_all_metrics_of_a_step_by_hand() -> None:
             "train/ratio_max": 1.5,
             "train/updates": 2.0,
             "train/mismatch_max": 0.5,
-            "train/mismatch_likely_max": 0.5,
-            "train/mismatch_kl": k3,
-            "train/mismatch_kl_max": max(math.exp(-0.5) + 0.5 - 1, math.exp(0.25) - 0.25 - 1),
+            "train/padding_fraction": 1 - 16 / 16,
+            "train/imbalance": 1.0,
             "train/num_loss_tokens": 5.0,
             "train/unused_rollouts": 1.0,
             "time/checkpoint_wait_seconds": 0.0,
@@ -126,10 +139,10 @@ def test_all_metrics_of_a_step_by_hand() -> None:
 
 def with_rewards(found: StepResult, rewards: list[Reward], sets: str) -> StepResult:
     rollouts = [
-        replace(r, reward=reward, prompt=replace(r.prompt, data_set=name))
-        for r, reward, name in zip(found.groups.rollouts, rewards, sets, strict=True)
+        replace(r, reward=reward, prompt=Prompt(i // 2, "", r.prompt.token_ids, "", name))
+        for i, (r, reward, name) in enumerate(zip(ROLLOUTS, rewards, sets, strict=True))
     ]
-    return replace(found, groups=replace(found.groups, rollouts=rollouts))
+    return result_of(rollouts, found.updates, found.sync)
 
 
 def test_rollouts_without_a_reward_are_in_no_mean_of_rewards() -> None:
@@ -140,7 +153,7 @@ def test_rollouts_without_a_reward_are_in_no_mean_of_rewards() -> None:
         Reward(None, {"exact": 0.0}, ("judge",)),
     ]
     given = with_rewards(make_result([make_stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
-    found = given.metrics(3, lambda r: r.value == 1)
+    found = given.metrics(3, is_one)
     assert {name: value for name, value in found.items() if name.startswith(("reward/", "set/", "group/de"))} == {
         "reward/mean": 0.5,
         "reward/std": 0.5,
@@ -154,7 +167,7 @@ def test_rollouts_without_a_reward_are_in_no_mean_of_rewards() -> None:
         "reward/p90": pytest.approx(0.9),
         "group/degenerate_fraction": 1.0,  # both groups have one reward, and two were replaced
     }
-    found = with_rewards(given, [Reward(None)] * 4, "aabb").metrics(3, lambda r: r.value == 1)
+    found = with_rewards(given, [Reward(None)] * 4, "aabb").metrics(3, is_one)
     assert all(math.isnan(found[f"reward/{name}"]) for name in ("mean", "std", "accuracy"))
     require_known(found)
 
@@ -167,7 +180,7 @@ def test_each_of_several_sets_has_its_own_metrics_by_hand() -> None:
         Reward(0.5, {"exact": 0.5}),
     ]
     given = with_rewards(make_result([make_stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
-    found = given.metrics(3, lambda r: r.value == 1, ["a", "b", "c"])
+    found = given.metrics(3, is_one, ["a", "b", "c"])
     assert {name: value for name, value in found.items() if name.startswith(("set/", "reward/component"))} == {
         "reward/component/gsm8k": 1.0,
         "reward/component/exact": 0.375,
@@ -194,11 +207,8 @@ def test_the_metrics_of_a_critic_by_hand() -> None:
         UpdateStats(g, r, {"loss": v, "clip_fraction": c}, {}) for g, r, v, c in ((2, 0.1, 3, 0), (4, 0.2, 5, 1))
     ]
     plain = make_result([make_stats(0.2, 1.5, 1e-4)])
-    assert not any(name.startswith(("critic/", "memory/")) for name in plain.metrics(3, lambda _: True))
-    batch = replace(plain.batch, values=[[0.0, 1.0], [1.0]], returns=[[1.0, 1.0], [4.0]])
-    found = replace(plain, batch=batch, critic_updates=updates, state_bytes={"critic_params": 7}).metrics(
-        3, lambda _: True
-    )
+    assert not any(name.startswith(("critic/", "memory/")) for name in plain.metrics(3, is_one))
+    found = replace(plain, critic_updates=updates, state_bytes={"critic_params": 7}).metrics(3, is_one)
     require_known(found)
     own = {name: value for name, value in found.items() if name.startswith(("critic/", "memory/"))}
     assert own == pytest.approx(
@@ -207,82 +217,31 @@ def test_the_metrics_of_a_critic_by_hand() -> None:
             "critic/clip_fraction": 0.5,
             "critic/grad_norm": 3.0,
             "critic/learning_rate": 0.2,
-            "critic/value_mean": 2 / 3,
-            "critic/return_mean": 2.0,
-            "critic/explained_variance": 1 - (14 / 9) / 2,  # errors 1, 0, 3; returns 1, 1, 4
             "memory/critic_params_bytes": 7.0,
         }
     )
-
-
-def test_tokens_without_a_routing_record_are_counted() -> None:
-    plain = make_result([make_stats(0.2, 1.5, 1e-4)])
-    assert "train/unreplayed_fraction" not in plain.metrics(3, lambda _: True)
-    rollouts = list(plain.groups.rollouts)  # of 2, 1, 3 and 2 completion tokens, behind prompts of 3, 3, 5 and 5
-    for i, num_recorded in ((0, 4), (2, 5)):  # all that predict, and the first of three
-        choices = torch.zeros(num_recorded, 2, 2, dtype=torch.int16)
-        choices[0] = -1  # in the prompt: not trained on
-        rollouts[i] = replace(rollouts[i], completion=replace(rollouts[i].completion, expert_choices=choices))
-    found = replace(plain, groups=replace(plain.groups, rollouts=rollouts)).metrics(3, lambda _: True)
-    assert found["train/unreplayed_fraction"] == 1 - 3 / 8
-    require_known(found)
 
 
 def test_fp8_scales_are_reported_where_there_are_any() -> None:
     updates = [make_stats(0.2, 1.5, 1e-4, fp8_cut=cut, fp8_zero=cut / 2) for cut in (0.25, 0.75)]
     for update, amax in zip(updates, (3.0, 2.0), strict=True):
         update.maxima["fp8_amax"] = amax
-    found = make_result(updates).metrics(3, lambda _: True)
+    found = make_result(updates).metrics(3, is_one)
     assert (found["train/fp8_cut_fraction"], found["train/fp8_zero_fraction"], found["train/fp8_amax"]) == (
         0.5,
         0.25,
         3.0,
     )
     require_known(found)
-    assert not [name for name in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True) if "fp8" in name]
+    assert not [name for name in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, is_one) if "fp8" in name]
 
 
 def test_the_auxiliary_loss_is_reported_where_there_is_one() -> None:
-    found = make_result([make_stats(0.2, 1.5, 1e-4, aux_loss=loss) for loss in (1.0, 1.5)]).metrics(3, lambda _: True)
+    found = make_result([make_stats(0.2, 1.5, 1e-4, aux_loss=loss) for loss in (1.0, 1.5)]).metrics(3, is_one)
     assert found["train/aux_loss"] == 1.25
     require_known(found)
-    assert "train/aux_loss" not in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
+    assert "train/aux_loss" not in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, is_one)
 
 
 def test_a_loss_without_a_reference_reports_no_kl() -> None:
-    assert "train/kl" not in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
-
-
-def test_mismatch_by_hand() -> None:
-    rollouts = [make_rollout([-1.0, -2.0]), make_rollout([-3.0])]
-    names = ("train/mismatch_max", "train/mismatch_likely_max", "train/mismatch_kl", "train/mismatch_kl_max")
-    assert mismatch(rollouts, [[-1.0, -2.0], [-3.0]]) == dict.fromkeys(names, 0.0)
-    found = mismatch(rollouts, [[-1.0 + math.log(2), -2.0], [-3.0 - math.log(4)]])
-    assert found["train/mismatch_max"] == pytest.approx(math.log(4), rel=1e-12)
-    # exp(m) - m - 1: 2 - ln 2 - 1, 0, 1/4 + ln 4 - 1
-    assert found["train/mismatch_kl"] == pytest.approx((1 - math.log(2) - 0.75 + math.log(4)) / 3, rel=1e-12)
-
-
-def test_mismatch_of_tiny_differences_is_not_lost_in_rounding() -> None:
-    found = mismatch([make_rollout([-1.0])], [[-1.0 + 2**-20]])
-    assert found["train/mismatch_kl"] == pytest.approx(2.0**-41, rel=1e-5)
-
-
-def test_log_ratios_of_any_size_give_finite_mismatch_metrics() -> None:
-    found = mismatch([make_rollout([-1000.0, -1.0])], [[0.0, -1001.0]])
-    assert found["train/mismatch_max"] == 1000.0
-    # exp(m) - m - 1 for m = 1000, which counts as 40, and for m = -1000
-    assert found["train/mismatch_kl"] == pytest.approx((math.expm1(40) - 40 + 999) / 2, rel=1e-12)
-
-
-def test_unlikely_tokens_count_for_the_maximum_of_all_tokens_only() -> None:
-    found = mismatch([make_rollout([-1.0, -8.0])], [[-1.25, -9.0]])
-    assert (found["train/mismatch_max"], found["train/mismatch_likely_max"]) == (1.0, 0.25)
-    assert mismatch([make_rollout([-8.0])], [[-9.0]])["train/mismatch_likely_max"] == 0.0
-
-
-def test_a_number_of_log_probs_other_than_one_per_token_is_an_error() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        mismatch([make_rollout([-1.0, -2.0])], [[-1.0]])
-    with pytest.raises(ValueError, match="zip"):
-        mismatch([make_rollout([-1.0])], [])
+    assert "train/kl" not in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, is_one)

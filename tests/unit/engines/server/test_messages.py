@@ -74,7 +74,7 @@ def test_prompts_arrive_with_the_fields_that_engines_read() -> None:
 @pytest.mark.parametrize("dtype", [None, torch.uint8, torch.int16, torch.int32])
 def test_a_completion_arrives_unchanged(dtype: torch.dtype | None) -> None:
     experts = None if dtype is None else torch.arange(24, dtype=dtype).view(4, 3, 2)
-    completion = Completion((5, 2**31), (-0.1, float("-inf")), "stop", 3, "ä\n", expert_choices=experts)
+    completion = Completion((5, 2**31 - 1), (-0.1, float("-inf")), "stop", 3, "ä\n", expert_choices=experts)
     reply = decode_server_message(encode(rollout_reply(4, 1, completion)))
     assert reply == rollout_reply(4, 1, completion)
     found = read_completion(rollout_reply(4, 1, completion))

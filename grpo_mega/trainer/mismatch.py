@@ -1,0 +1,140 @@
+"""Differences of log-probs between policy and sampler for the same weights, on the rank that sampled the rollouts.
+
+All rollouts of a prompt are on one rank, so equal rollouts are found without communication.
+Asserted by tests/unit/trainer/test_mismatch.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_mega.algorithm.kl import MAX_REPORTED_LOG_RATIO
+from grpo_mega.data.rollout_tokens import RolloutTokens
+from grpo_mega.types import TokenValues
+
+MIN_PROBABILITY = 1e-3
+"""Tokens that policy and sampler both find less likely are dominated by rounding, and are not compared."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Log-probs of the n loss tokens whose log-probs before the update are known, in nats.
+
+    Attributes:
+        tokens: the rollouts of these tokens.
+        old: [n] float64, of the policy before the update.
+        sampled: [n] float64, of the sampler.
+        counts: loss tokens of each rollout of `tokens`.
+    """
+
+    tokens: RolloutTokens
+    old: NDArray[np.float64]
+    sampled: NDArray[np.float64]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tokens: RolloutTokens, old_log_probs: TokenValues) -> Differences:
+        """Compare the rollouts of `old_log_probs`.
+
+        Args:
+            tokens: rollouts that this rank sampled.
+            old_log_probs: of some of these rollouts, float32.
+
+        Raises:
+            ValueError: a rollout has another number of old log-probs than of loss tokens.
+        """
+        known = tokens.select(np.isin(tokens.ids, old_log_probs.ids))
+        sampled = known.on_loss_tokens(known.sampler_log_probs)
+        if not np.array_equal(sampled.ids, old_log_probs.ids) or not np.array_equal(
+            sampled.offsets, old_log_probs.offsets
+        ):
+            raise ValueError(
+                f"{len(old_log_probs.values)} old log-probs of {len(old_log_probs.ids)} rollouts; the sampler gave "
+                f"{len(sampled.values)} loss tokens of {len(sampled.ids)} of them"
+            )
+        return cls(known, old_log_probs.values.astype(np.float64), sampled.values.astype(np.float64), sampled.counts)
+
+    @property
+    def sizes(self) -> NDArray[np.float64]:
+        """|old - sampled| of each token, infinite if one of them is not a number, [n]."""
+        with np.errstate(invalid="ignore"):
+            found = np.abs(self.old - self.sampled)
+        return np.where(np.isnan(found), np.inf, found)
+
+    @property
+    def is_likely(self) -> NDArray[np.bool_]:
+        """True for tokens with a probability above MIN_PROBABILITY for the policy or for the sampler, [n]."""
+        least = math.log(MIN_PROBABILITY)
+        return ~((self.old <= least) & (self.sampled <= least))
+
+    def sums(self) -> NDArray[np.float64]:
+        """Return max |m|, the same over likely tokens, sum and max of exp(m) - m - 1, n; [K] with K = 5.
+
+        m is old - sampled. In exp, an m above 40 counts as 40, which does not overflow. A maximum over nothing is 0.
+        """
+        with np.errstate(invalid="ignore"):
+            m = self.old - self.sampled
+        bounded = np.minimum(m, MAX_REPORTED_LOG_RATIO)
+        likely = self.sizes[self.is_likely]
+        k3 = np.expm1(bounded) - bounded
+        largest = np.abs(m).max(initial=0.0), likely.max(initial=0.0)
+        return np.array([*largest, k3.sum(), k3.max(initial=0.0), len(m)])
+
+    def distinct(self, prompt_index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return places 0..n-1 of the likely tokens, one for tokens of a prompt with the same tokens before them.
+
+        The place is that of the largest difference. Equal rollouts round equally, so they count once.
+
+        Args:
+            prompt_index: [N] prompt of each rollout of `tokens`.
+        """
+        likely = np.flatnonzero(self.is_likely)
+        prompts = _mixed(np.repeat(prompt_index, self.tokens.lengths)[self.tokens.loss_mask])
+        keys = _mixed(_prefix_hashes(self.tokens)[self.tokens.loss_mask] + prompts)[likely]
+        order = np.lexsort((-self.sizes[likely], keys))
+        is_first = np.ones(len(order), np.bool_)
+        is_first[1:] = keys[order][1:] != keys[order][:-1]
+        return np.sort(likely[order[is_first]])
+
+    def place(self, token: int) -> tuple[int, int]:
+        """Return (place of the rollout in `tokens`, place of the token among its loss tokens)."""
+        ends = np.cumsum(self.counts)
+        rollout = int(np.searchsorted(ends, token, side="right"))
+        return rollout, int(token - (ends[rollout] - self.counts[rollout]))
+
+
+def mismatch_metrics(sums: NDArray[np.float64]) -> dict[str, float]:
+    """Return the mismatch metrics of a step from the `Differences.sums` of all ranks, [ranks, 5].
+
+    `mismatch_max` = max |m|; `mismatch_likely_max` = the same over the tokens that `guard.max_mismatch` bounds, 0 if
+    there are none; `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of KL(sampler || policy), in
+    nats per token, and `mismatch_kl_max` = its largest term.
+    """
+    return {
+        "train/mismatch_max": float(sums[:, 0].max()),
+        "train/mismatch_likely_max": float(sums[:, 1].max()),
+        "train/mismatch_kl_max": float(sums[:, 3].max()),
+        "train/mismatch_kl": float(sums[:, 2].sum() / max(1.0, sums[:, 4].sum())),
+    }
+
+
+def _prefix_hashes(tokens: RolloutTokens) -> NDArray[np.uint64]:
+    """Return for each token a hash of the completion's tokens up to it and of their positions, [T]."""
+    starts = tokens.offsets[:-1] + tokens.prompt_tokens
+    positions = np.arange(len(tokens.token_ids)) - np.repeat(starts, tokens.lengths)
+    pairs = (positions.astype(np.uint64) << np.uint64(32)) ^ tokens.token_ids.astype(np.uint64)
+    terms = np.where(positions >= 0, _mixed(pairs), np.uint64(0))
+    running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])  # modulo 2^64
+    return np.asarray(running[1:] - np.repeat(running[tokens.offsets[:-1]], tokens.lengths))
+
+
+def _mixed(values: NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return SplitMix64's mix of each number, an invertible function whose bits all depend on all bits."""
+    x = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))

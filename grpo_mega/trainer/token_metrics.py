@@ -1,0 +1,81 @@
+"""Metrics of a step's tokens: each rank reduces the tokens that it has, and the results are combined on every rank.
+
+Asserted by tests/unit/trainer/test_token_metrics.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_mega.data.expert_records import has_record
+from grpo_mega.data.rollout_tokens import RolloutTokens, offsets_of
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.trainer.mismatch import Differences, mismatch_metrics
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
+from grpo_mega.trainer.text_metrics import repetition_sums, script_sums, text_metrics
+from grpo_mega.types import TokenValues
+
+
+def token_metrics(
+    differences: Differences, groups: SampledGroups, batch: TrainBatch, transfer: RolloutTransfer
+) -> dict[str, float]:
+    """Return the metrics of tokens, equal on every rank. Collective.
+
+    Args:
+        differences: of policy and engine on the rollouts that this rank sampled.
+        groups: the same rollouts, and the table of all.
+        batch: with a critic, its values and returns on the rollouts that this rank trains.
+        transfer: reduces over the ranks.
+    """
+    collectives, table = transfer.collectives, groups.table
+    found = mismatch_metrics(collectives.gather(differences.sums()))
+    texts = collectives.gather(np.stack([repetition_of(groups.tokens), scripts_of(groups)])).sum(axis=0)
+    found |= text_metrics(texts[0], texts[1])
+    if table.has_experts.any():
+        recorded = collectives.gather(np.array([float(num_recorded(groups.tokens))])).sum()
+        found["train/unreplayed_fraction"] = float(1.0 - recorded / table.loss_tokens.sum())
+    if batch.values is not None and batch.returns is not None:
+        found |= critic_metrics(batch.values, batch.returns, transfer)
+    return found
+
+
+def repetition_of(tokens: RolloutTokens) -> NDArray[np.float64]:
+    """Return `repetition_sums` of the completions, [K] with K = 2."""
+    positions = np.arange(len(tokens.token_ids)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
+    completions = tokens.token_ids[positions >= np.repeat(tokens.prompt_tokens, tokens.lengths)]
+    return repetition_sums(completions, offsets_of(tokens.lengths - tokens.prompt_tokens))
+
+
+def scripts_of(groups: SampledGroups) -> NDArray[np.float64]:
+    """Return `script_sums` of the completions that this rank sampled, [K] with K = 2."""
+    prompts = [groups.prompts[row // groups.group_size].text for row in groups.tokens.ids.tolist()]
+    return script_sums(prompts, groups.texts)
+
+
+def num_recorded(tokens: RolloutTokens) -> int:
+    """Return the number of loss tokens whose predicting token, the one before, has a routing record."""
+    if tokens.expert_choices is None:
+        return 0
+    return int(has_record(tokens.expert_choices)[np.flatnonzero(tokens.loss_mask) - 1].sum())
+
+
+def critic_metrics(values: TokenValues, returns: TokenValues, transfer: RolloutTransfer) -> dict[str, float]:
+    """Return explained_variance = 1 - var(return - value) / var(return) over the step's tokens, and the means.
+
+    Args:
+        values: of the critic, of the loss tokens of this rank.
+        returns: its targets for the same tokens.
+        transfer: reduces over the data-parallel ranks.
+    """
+    gather = transfer.collectives.gather_losses
+    columns = np.stack([values.values, returns.values, returns.values - values.values]).astype(np.float64)
+    count = gather(np.array([float(columns.shape[1])])).sum()
+    means: NDArray[np.float64] = gather(columns.sum(axis=1)).sum(axis=0) / count
+    squares = gather(((columns - means[:, None]) ** 2).sum(axis=1)).sum(axis=0)
+    return {
+        "critic/value_mean": float(means[0]),
+        "critic/return_mean": float(means[1]),
+        "critic/explained_variance": float(1.0 - squares[2] / squares[1]) if squares[1] else 0.0,
+    }

@@ -1,0 +1,264 @@
+r"""Measure the host work of one rank between the last sampled token and the first kernel of the training.
+
+    python tools/bench_host.py [--ranks 8 64 512] [--rollouts-per-rank 256] [--tokens 4096] [--json]
+
+One data-parallel rank of a job is real; what the other ranks would send is prepared before the clock starts: their
+rows of the table, and the rollouts that this rank trains and they sampled. Measured are the columns of this rank's
+share, the table, token weights, the plan of all ranks, packing and unpacking of the transfers, advantages and
+microbatches; then, after the training, the comparison of log-probs and the metrics of rank 0. The time on the network
+is not measured. Each case runs in a process of its own with one thread.
+
+`resident` is the growth of the process by the work, at its peak, over the bytes of the columns of one share. Rank 0 of
+each job is compared with its last rank, and the cases with each other: every rank has the same share in each of them.
+Exit code 0: done; 1: with 64 ranks the work takes more than 1.5 s of CPU time, or rank 0 takes more than 1.2 times as
+long as the last rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.schema import TrainConfig
+from grpo_mega.data.rollout_table import SCALARS
+from grpo_mega.data.rollout_tokens import RolloutTokens
+from grpo_mega.data.row_plan import RolloutCost, RowShape, plan_step, split_minibatches
+from grpo_mega.parallel.array_collectives import ArrayCollectives
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.rollout_transfer import RolloutTransfer
+from grpo_mega.trainer.step_metrics import StepResult
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, UpdateStats
+from grpo_mega.weight_sync.sync import SyncReport
+
+GROUP, PROMPT_TOKENS, MINIBATCHES, VOCABULARY = 16, 64, 8, 151_936
+MAX_SECONDS, MAX_RANK_0 = 1.5, 1.2
+COST = RolloutCost(linear=1.0, quadratic=1e-5)
+
+
+class PreparedCollectives(ArrayCollectives):
+    """Collectives of one rank of a job; what the others send is prepared."""
+
+    def __init__(self, ranks: Ranks, table: NDArray[np.float64]) -> None:
+        self.ranks, self.world_size = ranks, ranks.topology.world_size
+        self._replica_group = None
+        self._table = table
+        self.arrivals: list[NDArray[Any]] = []
+
+    def sum(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        return array + self._table if array.shape == self._table.shape else array
+
+    def _all_to_all(self, sent: torch.Tensor, sizes: list[int], received_sizes: list[int]) -> torch.Tensor:
+        received = torch.from_numpy(self.arrivals.pop(0).view(np.uint8)).clone()
+        assert len(received) == sum(received_sizes), "the prepared bytes are those of the plan"
+        return received
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one rank, which a run would have when the last token is sampled."""
+
+    prompts: list[Prompt]
+    own: dict[int, Rollout]
+    collectives: PreparedCollectives
+    train: TrainConfig
+
+
+def prepare(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> Case:
+    """Return the inputs; lengths are uniform from a quarter to seven quarters of the mean."""
+    rng = np.random.default_rng(0)
+    size = num_ranks * per_rank
+    lengths = rng.integers(mean_tokens // 4, mean_tokens * 7 // 4, size)
+    rewards = rng.integers(0, 2, size).astype(np.float64)
+    prompts = [Prompt(i, "", tuple(range(PROMPT_TOKENS)), "") for i in range(size // GROUP)]
+    share = np.repeat(np.arange(size // GROUP) % num_ranks, GROUP)
+    table = np.zeros((size, len(SCALARS) + 1))
+    values = {"count": 1, "completion_tokens": lengths, "loss_tokens": lengths, "reward": rewards, "num_turns": 1,
+              "replica": share, "share": share, "num_steps": -1}  # fmt: skip
+    for name, column in values.items():
+        table[:, SCALARS.index(name)] = column
+    table[:, -1] = rewards
+    table[share == rank] = 0
+    own = {
+        int(i): Rollout(
+            prompts[i // GROUP], _completion(rng, int(lengths[i])), Reward(rewards[i], {"r": rewards[i]}), 0
+        )
+        for i in np.flatnonzero(share == rank)
+    }
+    topology = Topology(num_ranks)
+    collectives = PreparedCollectives(Ranks(topology, topology.coordinates(rank), torch.device("cpu")), table)
+    train = TrainConfig(steps=1, minibatches_per_epoch=MINIBATCHES, max_tokens_per_microbatch=8 * mean_tokens)
+    if num_ranks > 1:
+        collectives.arrivals = _arrivals(lengths, share, rank, num_ranks, train)
+    return Case(prompts, own, collectives, train)
+
+
+def _completion(rng: np.random.Generator, count: int) -> Completion:
+    log_probs = -rng.exponential(0.5, count).astype(np.float32)
+    return Completion(rng.integers(0, VOCABULARY, count, dtype=np.int32), log_probs, "eos", 0, "")
+
+
+def _arrivals(
+    lengths: NDArray[np.int64], share: NDArray[np.int64], rank: int, num_ranks: int, train: TrainConfig
+) -> list[NDArray[Any]]:
+    """Return the columns that this rank receives, in the order in which they arrive."""
+    spans = [range(s.start * GROUP, s.stop * GROUP) for s in split_minibatches(len(lengths) // GROUP, MINIBATCHES)]
+    plan = plan_step(
+        lengths + PROMPT_TOKENS,
+        spans,
+        max_tokens=train.max_tokens_per_microbatch,
+        dp=num_ranks,
+        shape=RowShape(),
+        cost=COST,
+    )
+    wanted = np.flatnonzero(plan.trainer == rank)
+    wanted = wanted[np.argsort(share[wanted], kind="stable")]
+    rng = np.random.default_rng(1)
+    prompt = Prompt(0, "", tuple(range(PROMPT_TOKENS)), "")
+    rollouts = [Rollout(prompt, _completion(rng, int(lengths[i])), Reward(0.0), 0) for i in wanted]
+    tokens = RolloutTokens.of(list(enumerate(rollouts)))
+    return [tokens.token_ids, tokens.sampler_log_probs, tokens.loss_mask, tokens.policy_versions]
+
+
+def sample(case: Case) -> SampledGroups:
+    """Build the columns and the table."""
+    share = case.collectives.ranks.at.share
+    return SampledGroups.gather(
+        case.prompts, GROUP, case.own, share=share, component_names=["r"], sum_over_ranks=case.collectives.sum
+    )
+
+
+def build(case: Case, groups: SampledGroups) -> TrainBatch:
+    """Build the microbatches."""
+    transfer, objective = RolloutTransfer(case.collectives), Objective(AlgorithmConfig(), 1)
+    return build_batch(
+        groups, groups.table.reward, case.train, objective, transfer=transfer, shape=RowShape(), cost=COST
+    )
+
+
+def report(groups: SampledGroups, batch: TrainBatch) -> dict[str, float]:
+    """Compare the log-probs of this rank's rollouts, and compute the metrics that rank 0 writes."""
+    old = groups.tokens.on_loss_tokens(groups.tokens.sampler_log_probs)
+    sums = Differences.of(groups.tokens, old).sums()
+    updates = [UpdateStats(1.0, 1e-6, {"loss": 0.0, "entropy": 0.0}, {})]
+    sync = SyncReport(seconds=1.0, verify_seconds=0.0, written_bytes=0, received_bytes=0, policy_digest="")
+    found = {"train/mismatch_max": float(sums[0])}
+    result = StepResult(1, groups, batch, old, np.zeros(len(groups.table)), updates, sync, 0.0, found)
+    return result.metrics(1, lambda table: table.reward == 1)
+
+
+def measure(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> dict[str, Any]:
+    """Measure one rank in this process."""
+    torch.set_num_threads(1)
+    warm = prepare(1, 0, GROUP * MINIBATCHES, 64)
+    warm_groups = sample(warm)
+    report(warm_groups, build(warm, warm_groups))
+    case = prepare(num_ranks, rank, per_rank, mean_tokens)
+    before, clock, wall = _resident_bytes(), time.process_time(), time.perf_counter()
+    groups = sample(case)
+    sampled = time.process_time()
+    batch = build(case, groups)
+    built, wall = time.process_time(), time.perf_counter() - wall
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    metrics = report(groups, batch)
+    return {
+        "ranks": num_ranks,
+        "rank": rank,
+        "rollouts": len(groups.table),
+        "tokens": int(groups.table.num_tokens.sum()),
+        "share_tokens": len(groups.tokens.token_ids),
+        "cpu_seconds": built - clock,
+        "wall_seconds": wall,
+        "columns_seconds": sampled - clock,
+        "batch_seconds": built - sampled,
+        "report_seconds": time.process_time() - built,
+        "share_bytes": groups.tokens.nbytes,
+        "resident_over_share": peak / groups.tokens.nbytes,
+        "padding_fraction": metrics["train/padding_fraction"],
+        "imbalance": metrics["train/imbalance"],
+    }
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def run_case(args: argparse.Namespace, num_ranks: int, rank: int) -> dict[str, Any]:
+    """Measure one rank in a process of its own."""
+    command = [sys.executable, __file__, "--case", f"{num_ranks}", f"{rank}"]
+    command += ["--rollouts-per-rank", f"{args.rollouts_per_rank}", "--tokens", f"{args.tokens}"]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def line_of(found: dict[str, Any]) -> str:
+    """Return the result of one rank as text."""
+    return (
+        f"{found['ranks']:4} ranks, rank {found['rank']:3}: {found['tokens'] / 1e6:.0f} M tokens of the step, "
+        f"{found['share_tokens'] / 1e6:.2f} M of the share; {found['cpu_seconds']:.2f} s of CPU time "
+        f"(columns and table {found['columns_seconds']:.2f}, batch {found['batch_seconds']:.2f}), afterwards "
+        f"{found['report_seconds']:.2f} s; resident {found['resident_over_share']:.1f} x share; "
+        f"padding {found['padding_fraction']:.3f}, imbalance {found['imbalance']:.3f}"
+    )
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="data-parallel ranks of the jobs")
+    parser.add_argument("--rollouts-per-rank", type=int, default=256, help="sampled by each rank (default 256)")
+    parser.add_argument("--tokens", type=int, default=4096, help="mean completion length (default 4096)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--case", type=int, nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if (
+        args.rollouts_per_rank < 1
+        or args.rollouts_per_rank * min(args.ranks) % (GROUP * MINIBATCHES)
+        or args.tokens < 8
+    ):
+        print(
+            f"error: --rollouts-per-rank={args.rollouts_per_rank} times --ranks must be a multiple of "
+            f"{GROUP * MINIBATCHES}, and --tokens={args.tokens} at least 8; correct them",
+            file=sys.stderr,
+        )
+        return 2
+    if args.case:
+        print(json.dumps(measure(*args.case, args.rollouts_per_rank, args.tokens)))
+        return 0
+    cases = [run_case(args, ranks, rank) for ranks in args.ranks for rank in (0, ranks - 1)]
+    for found in cases:
+        print(line_of(found))
+    middle = [found for found in cases if found["ranks"] == (64 if 64 in args.ranks else args.ranks[-1])]
+    seconds, ratio = max(c["cpu_seconds"] for c in middle), middle[0]["cpu_seconds"] / middle[1]["cpu_seconds"]
+    if args.json:
+        result = {"name": "host", "measured": seconds, "reference": MAX_SECONDS, "ratio": seconds / MAX_SECONDS}
+        result |= {
+            "unit": "seconds of CPU time",
+            "conditions": f"{middle[0]['rollouts']} rollouts, {middle[0]['ranks']} ranks",
+        }
+        print(json.dumps(result | {"rank_0_over_last": ratio, "cases": cases}))
+    return int(seconds > MAX_SECONDS or ratio > MAX_RANK_0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
