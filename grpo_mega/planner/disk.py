@@ -22,9 +22,9 @@ LOG_PROB_BYTES = 3.6
 """Compressed float32 log-prob: the sign and the exponent take half a byte, the mantissa is not compressible."""
 TEXT_RATIO = 0.45
 """Compressed bytes per byte of text."""
-ROW_BYTES = 14.0
+ROW_BYTES = 6.0
 """Compressed rollout without tokens: reward, advantage and counters."""
-PART_BYTES = 7400.0
+PART_BYTES = 7600.0
 """A part without rollouts: metadata of all columns."""
 
 

@@ -17,6 +17,7 @@ from tests.helpers.planner_cases import SIZES, config_of, inputs_of, spec_of
 from tests.helpers.step_columns import columns_of
 
 VOCABULARY = 151_936
+ADVANTAGES = (-1.5, -0.87, 0.58, 0.87, 1.73)  # of rewards 0 and 1, there are few values
 
 
 def written_part(folder: Path, groups: int, prompt: int, completion: int, *, with_old: bool) -> int:
@@ -46,7 +47,7 @@ def written_part(folder: Path, groups: int, prompt: int, completion: int, *, wit
         }
         for member in range(4):
             own = {"member": member, "completion": text(completion), "completion_ids": ids(completion)}
-            own |= {"advantage": draw.gauss(0, 1), "sampler_log_probs": log_probs()}
+            own |= {"advantage": draw.choice(ADVANTAGES), "sampler_log_probs": log_probs()}
             rows.append(shared | own | {"old_log_probs": log_probs() if with_old else None})
     write_part(folder, 0, 1, columns_of(*rows))
     return part_path(folder, 0).stat().st_size
