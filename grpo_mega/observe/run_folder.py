@@ -90,7 +90,7 @@ class RunFolder:
         return self.path / "fp8_report.json"
 
     def rollouts_of(self, step: int) -> Path:
-        """Folder of the rollouts of one step, with one Parquet part per engine replica."""
+        """Folder of the rollouts of one step, with one Parquet part per prompt shard."""
         return self.rollouts / f"step_{step:06d}"
 
     def checkpoint_of(self, step: int) -> Path:

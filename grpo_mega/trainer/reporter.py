@@ -1,6 +1,6 @@
 """Reports a run: rank 0 has the progress display, the metrics and the summary, other ranks send their measurements.
 
-The first rank of each engine replica writes its rollouts.
+The first rank of each prompt shard writes its rollouts.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Observer(Protocol):
 class RankObserver:
     """Observer of all ranks but rank 0: sends the measurements of each step to rank 0 and ignores the rest.
 
-    The first rank of an engine replica also writes the rollouts of the replica.
+    The first rank of a prompt shard also writes the rollouts of the shard.
     """
 
     def __init__(self, ranks: RankReporter, parts: RolloutParts | None) -> None:
