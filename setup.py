@@ -7,5 +7,9 @@ CODE = [name for name in find_namespace_packages(include=["grpo_mega", "grpo_meg
 setup(
     packages=[*CODE, "grpo_mega.configs"],
     package_dir={"grpo_mega.configs": "configs"},
-    package_data={"grpo_mega": ["py.typed"], "grpo_mega.configs": ["**/*.yaml", "**/*.json"]},
+    package_data={
+        "grpo_mega": ["py.typed"],
+        "grpo_mega.observe.report": ["page/*"],
+        "grpo_mega.configs": ["**/*.yaml", "**/*.json"],
+    },
 )

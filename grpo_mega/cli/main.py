@@ -38,7 +38,8 @@ COMMANDS = {
     "fp8-report": Command("fp8_report", "report the quantization error of a model's weights in FP8"),
     "rollouts": Command("rollouts", "print the rollouts of a step of a run"),
     "chaos": Command("chaos", "disturb small runs with signals, and check that each ends as the undisturbed run"),
-    "report": Command("report", "print the summary of a run folder"),
+    "report": Command("report", "make the HTML report of a run, or compare two runs"),
+    "watch": Command("watch", "follow a run from another terminal, read-only"),
 }
 
 

@@ -36,6 +36,10 @@ class History:
         found = self._values.get(name)
         return None if not found else next(reversed(found.items()))
 
+    def of_step(self, step: int) -> dict[str, float]:
+        """Return all values of a step."""
+        return {name: values[step] for name, values in self._values.items() if step in values}
+
     def first(self, name: str, steps: int) -> list[float]:
         """Return the values of the first `steps` steps."""
         return self._of(name, self.steps[:steps])

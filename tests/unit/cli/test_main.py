@@ -105,4 +105,4 @@ def test_report_prints_a_summary_and_rejects_a_folder_without_one(
     assert report.main([str(tmp_path)]) == 0
     assert "0.50 -> 0.75 (+0.25)" in capsys.readouterr().out
     assert report.main([str(tmp_path / "nothing")]) == 2
-    assert "summary.json" in capsys.readouterr().err
+    assert "was not found" in capsys.readouterr().err
