@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.launch import processes
-from grpo_mega.parallel.heartbeat import Beat, read_beats
+from grpo_mega.parallel.heartbeat import OUTSIDE, Beat, read_beats
 
 LEAST_SECONDS = 60.0
 _TIMES_MEDIAN = 6.0
 _KEPT_STEPS = 50  # of which the median is taken
 _CHECK_SECONDS = 0.5
 _ENGINE_CHECK_SECONDS = 2.0
-_FILE_PHASES = ("start", "checkpoint", "rollout", "evaluation")
+_FILE_PHASES = ("start", "checkpoint", "rollout", "evaluation", OUTSIDE)
 _STOPPED_STATES = "Tt"
 _ENGINE_MODULES = "grpo_mega.engines."
 
@@ -181,7 +181,7 @@ class StallWatch:
     def _limit(self, phase: str, clock: _RankClock, *, is_stopped: bool) -> float:
         if phase in self._limits.phases:
             return self._limits.phases[phase]
-        median = clock.median(phase)
+        median = None if phase == OUTSIDE else clock.median(phase)
         if median is not None:
             return max(LEAST_SECONDS, _TIMES_MEDIAN * median)
         if is_stopped:

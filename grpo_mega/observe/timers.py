@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from grpo_mega.parallel.heartbeat import RankHeartbeat
+from grpo_mega.parallel.heartbeat import OUTSIDE, RankHeartbeat
 
 _NO_GAP = 1e-6  # seconds; rounding of sums
 
@@ -63,6 +63,8 @@ class PhaseTimer:
             self._running.pop()
             if self._running:
                 self._show(self._running[-1])
+            elif self._heartbeat is not None:
+                self._heartbeat.phase(OUTSIDE)
 
     def count_progress(self, counter: Callable[[], int]) -> None:
         """Add a counter to the heartbeats, which grows while the rank makes progress inside of a phase."""

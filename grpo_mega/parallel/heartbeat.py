@@ -36,6 +36,8 @@ _GROUPS_AT = 128
 _SAMPLE_SECONDS = 0.5
 _STOP_SECONDS = 2.0
 _START = "start"
+OUTSIDE = "outside"
+"""Phase of a rank between its phases, for example while it writes its last files and exits."""
 
 
 @dataclass(frozen=True)
