@@ -72,7 +72,7 @@ class PreparedCollectives(ArrayCollectives):
 
 
 @dataclass(frozen=True)
-class Case:
+class RankInputs:
     """Inputs of one rank, which a run would have when the last token is sampled."""
 
     prompts: list[Prompt]
@@ -81,7 +81,7 @@ class Case:
     train: TrainConfig
 
 
-def prepare(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> Case:
+def prepare(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> RankInputs:
     """Return the inputs; lengths are uniform from a quarter to seven quarters of the mean."""
     rng = np.random.default_rng(0)
     size = num_ranks * per_rank
@@ -107,7 +107,7 @@ def prepare(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> Case:
     train = TrainConfig(steps=1, minibatches_per_epoch=MINIBATCHES, max_tokens_per_microbatch=8 * mean_tokens)
     if num_ranks > 1:
         collectives.arrivals = _arrivals(lengths, share, rank, num_ranks, train)
-    return Case(prompts, own, collectives, train)
+    return RankInputs(prompts, own, collectives, train)
 
 
 def _completion(rng: np.random.Generator, count: int) -> Completion:
@@ -137,7 +137,7 @@ def _arrivals(
     return [tokens.token_ids, tokens.sampler_log_probs, tokens.loss_mask, tokens.policy_versions]
 
 
-def sample(case: Case) -> SampledGroups:
+def sample(case: RankInputs) -> SampledGroups:
     """Build the columns and the table."""
     share = case.collectives.ranks.at.share
     return SampledGroups.gather(
@@ -145,7 +145,7 @@ def sample(case: Case) -> SampledGroups:
     )
 
 
-def build(case: Case, groups: SampledGroups) -> TrainBatch:
+def build(case: RankInputs, groups: SampledGroups) -> TrainBatch:
     """Build the microbatches."""
     transfer, objective = RolloutTransfer(case.collectives), Objective(AlgorithmConfig(), 1)
     return build_batch(
