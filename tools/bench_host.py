@@ -90,8 +90,10 @@ def prepare(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> RankI
     prompts = [Prompt(i, "", tuple(range(PROMPT_TOKENS)), "") for i in range(size // GROUP)]
     share = np.repeat(np.arange(size // GROUP) % num_ranks, GROUP)
     table = np.zeros((size, len(SCALARS) + 1))
-    values = {"count": 1, "completion_tokens": lengths, "loss_tokens": lengths, "reward": rewards, "num_turns": 1,
-              "replica": share, "share": share, "num_steps": -1}  # fmt: skip
+    values: dict[str, NDArray[Any] | int] = {
+        **{"count": 1, "num_turns": 1, "num_steps": -1, "replica": share, "share": share},
+        **{"completion_tokens": lengths, "loss_tokens": lengths, "reward": rewards},
+    }
     for name, column in values.items():
         table[:, SCALARS.index(name)] = column
     table[:, -1] = rewards
@@ -243,7 +245,8 @@ def main() -> int:
         )
         return 2
     if args.case:
-        print(json.dumps(measure(*args.case, args.rollouts_per_rank, args.tokens)))
+        ranks, rank = args.case
+        print(json.dumps(measure(ranks, rank, args.rollouts_per_rank, args.tokens)))
         return 0
     cases = [run_case(args, ranks, rank) for ranks in args.ranks for rank in (0, ranks - 1)]
     for found in cases:
