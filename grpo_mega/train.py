@@ -164,7 +164,7 @@ def prepare(config: Config) -> Prepared:
 
     topology = Topology.of(config, wanted_world_size(config))
     check_model(config, topology, with_engine=config.has_engine)
-    rewards = build_rewards(config.reward.terms, config.reward.timeout_seconds)
+    rewards = build_rewards(config.reward.terms, config.reward.timeout_seconds) if config.has_engine else ()
     if config.environment is not None:
         build_environment(config.environment)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
@@ -174,7 +174,7 @@ def prepare(config: Config) -> Prepared:
         check_example_rows(data)
     # the checks below import torch and transformers, which takes seconds
     if base is not None:
-        from grpo_mega.tiny_base.train import base_tokenizer
+        from grpo_mega.tiny_base.recipe import base_tokenizer
 
         tokenizer = base_tokenizer(base)
     else:

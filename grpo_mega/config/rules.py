@@ -56,6 +56,11 @@ def _one_model(config: Config) -> None:
             "model: exactly one of model.path and model.base must be set",
             remedy="set model.path to a Hugging Face folder, or model.base to the recipe of a tiny model",
         )
+    if config.model.init == "random" and config.model.checkpoint is not None:
+        raise UserError(
+            f"model.init=random does nothing with model.checkpoint={config.model.checkpoint}, whose weights are used",
+            remedy="remove one of them",
+        )
     if config.model.revision is not None and not config.model.is_on_hub:
         path = "model.base is a recipe" if config.model.path is None else f"model.path={config.model.path} is a folder"
         raise UserError(

@@ -31,7 +31,8 @@ class RunConfig(Section):
     dir: str | None = None
     """Run folder. null: `runs/<config name>`."""
     seed: int = Field(0, ge=0)
-    """Seed of prompt order, sampling and updates. It does not affect the base model."""
+    """Seed of prompt order, sampling and updates, and of random initial weights (`model.init`). It does not affect the
+    recipe of a tiny base."""
     world_size: int | None = Field(None, ge=1)
     """Number of ranks on all nodes. null: the number that the launcher sets, else the number of GPUs, else 1."""
     deterministic: bool = False

@@ -37,7 +37,7 @@ class MegatronPolicy(MegatronLearner):
     """Megatron policy. Construction is collective: every rank passes the same arguments."""
 
     def __init__(self, config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, *, with_reference: bool) -> None:
-        """Load the weights of `folder` or `model.checkpoint`. With `with_reference` they also become the reference."""
+        """Load the weights with which the run starts. With `with_reference` they also become the reference."""
         init_groups(ranks, config.guard.timeout_seconds)
         super().__init__(config, spec, ranks, config.optimizer, PolicyModel)
         replay_routing(self.parts.models, config.parallel.recompute_modules or ())

@@ -292,5 +292,5 @@ def test_preparing_valid_input_returns_its_prompts_and_writes_nothing(tmp_path: 
     assert (prepared.topology.dp, prepared.topology.num_replicas) == (2, 2)
     assert prepared.eval_prompts is not None
     assert len(prepared.eval_prompts) >= 300
-    assert not {p.text for p in prepared.eval_prompts.prompts} & {p.text for p in prepared.train_prompts.prompts}
+    assert not {p.text for p in prepared.eval_prompts.rows} & {p.text for p in prepared.train_prompts.rows}
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,8 @@ from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.config.schema import CheckpointConfig, RunConfig, TrainConfig
-from grpo_mega.data.example_dataset import Example, ExampleDataset, ExampleSet
+from grpo_mega.data.example_dataset import Example, ExampleDataset
+from grpo_mega.data.row_sets import RowSet
 from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.metric_table import require_known
 from grpo_mega.observe.timers import PhaseTimer
@@ -96,7 +97,7 @@ def job_of(recorder: Recorder, *, with_engine: bool = True) -> SftState:
     return SftState(
         cast("Any", config),
         ranks,
-        ExampleDataset((ExampleSet("examples", EXAMPLES),)),
+        ExampleDataset((RowSet("examples", EXAMPLES),)),
         one,
         one,
         SavePoints(ranks, one, CheckpointSchedule(3, None, last_step=4), one, timers, 4, BackgroundWriter()),
