@@ -1,7 +1,7 @@
 """The supervised fine-tuning that trains a tiny base: a file of examples, a config, and a run of one rank on the CPU.
 
-It is an ordinary run (docs/sft.md) in a process of its own: `model.init=random`, EPOCHS epochs over the examples, and
-its exported model is the base. One thread computes it, so the weights do not depend on the caller's environment.
+It is an ordinary run (docs/sft.md) in a process of its own: `model.init=random`, one epoch over the examples, and its
+exported model is the base. One thread computes it, so the weights do not depend on the caller's environment.
 Asserted by tests/unit/tiny_base/test_base_folder.py and, for the accuracy, tests/e2e/test_quickstart.py.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import random
 import subprocess
@@ -30,8 +29,6 @@ from grpo_mega.types import UserError
 log = logging.getLogger("grpo_mega.tiny_base")
 
 WARMUP_FRACTION = 0.05
-EPOCHS = 2
-"""A second epoch costs no tokenization; held-out accuracy is that of examples which are all different."""
 LOG_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 _ROW_TOKENS = 1024
@@ -46,7 +43,7 @@ def train_base(recipe: BaseConfig, draw: Draw, work: Path) -> Path:
     """
     work.mkdir(parents=True)
     save_untrained(recipe, work / "untrained")
-    write_examples(draw, math.ceil(recipe.steps * recipe.batch_size / EPOCHS), recipe.seed, work / "examples.jsonl")
+    write_examples(draw, recipe.steps * recipe.batch_size, recipe.seed, work / "examples.jsonl")
     config = work / "sft.yaml"
     config.write_text(yaml.safe_dump(sft_values(recipe, work), sort_keys=False))
     log.info("pre-training a base model on %s: %d steps of %d examples", recipe.task, recipe.steps, recipe.batch_size)
