@@ -92,7 +92,7 @@ class RowSets(Generic[Row]):
 
 @dataclass(frozen=True)
 class RowKind:
-    """What the rows of a set are, for its limits and messages.
+    """Kind of the rows of a set, for its limits and messages.
 
     `noun`: `prompt` or `example`. `limit_key`, `limit`: the config key of the largest number of tokens, and its value.
     `fields`: what a row must hold. `choices`: values of data.overlong that leave out what is too long.
