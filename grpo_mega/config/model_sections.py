@@ -53,10 +53,8 @@ class BaseConfig(Section):
     """Optimizer steps of pre-training."""
     batch_size: int = Field(128, ge=1)
     """Worked examples per optimizer step."""
-    optimizer: Literal["adam", "muon"] = "adam"
-    """Optimizer of pre-training (`optimizer.name`)."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Largest learning rate of pre-training."""
+    """Learning rate of pre-training."""
     flawed_fraction: float = Field(0.5, ge=0, le=1)
     """Fraction of the worked examples that contain a mistake (arithmetic) or lack the answer format (gsm8k)."""
     tool_fraction: float = Field(0.0, ge=0, le=1)

@@ -73,7 +73,6 @@ def sft_values(recipe: BaseConfig, work: Path) -> dict[str, Any]:
             "max_example_tokens": longest,
         },
         "optimizer": {
-            "name": recipe.optimizer,
             "lr": recipe.learning_rate,
             "schedule": "cosine",
             "warmup_updates": round(WARMUP_FRACTION * recipe.steps),
