@@ -262,5 +262,5 @@ def test_the_description_of_a_step_has_the_hand_computed_numbers() -> None:
         "an update: 12 or 16 rollouts over 4 data-parallel rank(s), in rows of at most 512 tokens",
         "its loss: mean over a rollout's completion tokens, then mean over the update's rollouts (denominator: "
         "12 or 16), the same for every layout",
-        "learning rate: 0.0002, linear decay to 1e-05 at update 480",
+        "learning rate: 0.0002, linear decay to 1e-05 at update 400",
     ]
