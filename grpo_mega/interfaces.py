@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.types import (
+    AllowsUpdate,
     Completion,
     FileSink,
     Microbatch,
@@ -343,11 +344,10 @@ class Critic(SavedLearner, Protocol):
         """
         ...
 
-    def update(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, learning_rate: float) -> UpdateStats:
-        """Take one optimizer step on the microbatches, which carry `returns` and `old_values`, both [T].
-
-        Arguments and errors are those of `Policy.update`.
-        """
+    def update(
+        self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, rate: float, allows: AllowsUpdate = ...
+    ) -> UpdateStats:
+        """Take one optimizer step on microbatches with `returns` and `old_values`, [T]. See `Policy.update`."""
         ...
 
 
@@ -367,20 +367,19 @@ class Policy(SavedLearner, Protocol):
         ...
 
     def update(
-        self, microbatches: Sequence[Microbatch], loss: TokenLoss, learning_rate: float
+        self, microbatches: Sequence[Microbatch], loss: TokenLoss, rate: float, allows: AllowsUpdate = ...
     ) -> tuple[UpdateStats, list[Tensor] | None]:
         """Take one optimizer step.
 
         Args:
             microbatches: of this data-parallel rank; all ranks pass the same number, with rows of one length.
             loss: loss per token, multiplied by `token_weights` and summed over all tokens of all ranks.
-            learning_rate: of this step.
+            rate: learning rate of this step.
+            allows: gets the statistics before the step, which is not made if it returns False on all ranks. Without it
+                a loss or a gradient that is not finite raises RuntimeError.
 
         Returns:
             The statistics, and the log-probs before the step as `log_probs` returns them: [T] per microbatch, in nats.
-
-        Raises:
-            RuntimeError: the loss or the gradient is not finite; no update was made.
         """
         ...
 

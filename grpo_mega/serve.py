@@ -119,7 +119,7 @@ def serve(config: Config, host: str, port: int) -> None:
     from grpo_mega.observe.log import configure_logging, quiet_libraries
     from grpo_mega.parallel.ranks import init_ranks
     from grpo_mega.parallel.topology import Topology
-    from grpo_mega.tiny_base.base_folder import model_folder_of
+    from grpo_mega.tiny_base.train import model_folder_of
 
     tp = config.engine.tp
     configure_logging(int(os.environ["RANK"]), "server")

@@ -164,7 +164,7 @@ def prepare(config: Config) -> Prepared:
 
     topology = Topology.of(config, wanted_world_size(config))
     check_model(config, topology, with_engine=config.has_engine)
-    rewards = build_rewards(config.reward.terms, config.reward.timeout_seconds) if config.has_engine else ()
+    rewards = build_rewards(config.reward.terms, config.reward.timeout_seconds)
     if config.environment is not None:
         build_environment(config.environment)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
@@ -174,7 +174,7 @@ def prepare(config: Config) -> Prepared:
         check_example_rows(data)
     # the checks below import torch and transformers, which takes seconds
     if base is not None:
-        from grpo_mega.tiny_base.recipe import base_tokenizer
+        from grpo_mega.tiny_base.train import base_tokenizer
 
         tokenizer = base_tokenizer(base)
     else:
@@ -188,21 +188,32 @@ def prepare(config: Config) -> Prepared:
 
 def run_worker(prepared: Prepared, stops: StopRequests) -> None:
     """Run the job to its end. A failing rank exits at once, so that its launcher ends the other ranks."""
+    from grpo_mega.observe.log import FILE_ONLY
     from grpo_mega.trainer.run import run_job
+    from grpo_mega.trainer.run_guard import GuardStopError
 
     try:
         run_job(prepared.config, prepared.topology, prepared.train_data, prepared.eval_prompts, stops)
     except Stopped as stopped:
-        again = f"{stopped}; this command continues the run: launch/train.sh {shlex.join(sys.argv[1:])}\n"
+        again = f"{stopped}; this command continues the run: launch/train.sh {_arguments()}\n"
         _exit(stopped.code, again if os.environ["RANK"] == "0" else "")
     except Interrupted as interrupted:
         _exit_interrupted(interrupted)
     except UserError as error:  # for example a port in use, a run folder with another config, or a damaged checkpoint
         report_error(error)
         _exit(2)
+    except GuardStopError as stop:
+        log.error("%s", stop, extra=FILE_ONLY)
+        report_error(stop, f"this command continues past it: launch/train.sh {_arguments(stop.continue_with)}")
+        _exit(1)
     except Exception:  # every failure of this rank must reach the screen and its log
         log.exception("this rank failed")
         _exit(1)
+
+
+def _arguments(*overrides: str) -> str:
+    """Return the arguments of this command with more overrides."""
+    return shlex.join([*sys.argv[1:], *overrides])
 
 
 def _exit_interrupted(interrupted: Interrupted) -> NoReturn:

@@ -6,7 +6,7 @@ Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -328,16 +328,26 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Statistics of one optimizer step, the same on every rank.
+    """Statistics of one optimizer step, the same on every rank but for `non_finite_rows`.
 
     `sums` are global, over microbatches and ranks: `loss` is the sum of the tokens' weighted losses; each other
     quantity is its mean over tokens, weighted with `token_weights`. `maxima` are global maxima.
+
+    `fault` says that loss or gradient is not finite; then sums and norm may not be finite either. `is_made` is False if
+    the optimizer step was not made. `non_finite_rows` are the microbatches of this rank whose loss is not finite.
     """
 
     grad_norm: float
     learning_rate: float
     sums: dict[str, float]
     maxima: dict[str, float]
+    fault: str | None = None
+    is_made: bool = True
+    non_finite_rows: tuple[int, ...] = ()
+
+
+AllowsUpdate = Callable[[UpdateStats], bool]
+"""Function that returns False for the statistics of an update whose optimizer step must not be made."""
 
 
 class FileSink(Protocol):

@@ -120,7 +120,7 @@ def main() -> None:
     from grpo_mega.parallel.ports import free_port
     from grpo_mega.parallel.ranks import init_ranks
     from grpo_mega.parallel.stop_signal import StopRequests
-    from grpo_mega.tiny_base.base_folder import model_folder_of
+    from grpo_mega.tiny_base.train import model_folder_of
     from grpo_mega.train import prepare
     from grpo_mega.trainer.build import building
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.stored_head import HEAD, checkpoint_spec, untie_config
-from grpo_mega.formats.torch_dist_as_hf import weights_of
 from grpo_mega.interfaces import Policy
 from grpo_mega.models.config_fields import with_dtype
 from grpo_mega.models.parameter_tables import hf_shapes_aside
@@ -52,9 +52,7 @@ def _untrained(base: Path) -> Iterator[tuple[str, Tensor]]:
     shapes = hf_shapes_aside(checkpoint_spec(base))
     if not shapes:
         return
-    files = weights_of(base)
-    if files is None:  # the run started with random weights, or with those of a checkpoint
-        return
+    files = HfFiles(base)
     for name, shape in shapes.items():
         if name in files.shapes:
             yield name, files.read(TensorSlice(name, (0,) * len(shape), shape))

@@ -169,7 +169,7 @@ def compare_layouts(args: argparse.Namespace) -> list[LayoutResult]:
         UserError: a layout or the file of rollouts is not valid.
         RuntimeError: a rank failed; its message is on the screen.
     """
-    from grpo_mega.tiny_base.base_folder import model_folder_of
+    from grpo_mega.tiny_base.train import model_folder_of
 
     layouts = [parse_layout(""), *(parse_layout(text) for text in args.layouts.split(";") if text.strip())]
     if len(layouts) == 1:

@@ -44,7 +44,7 @@ def random_groups(config: Config, folder: Path, vocab_size: int) -> SampledGroup
     rng = random.Random(config.run.seed)
     dataset = load_train(config.data, load_tokenizer(str(folder)))
     rollouts = []
-    for prompt in dataset.rows[:NUM_PROMPTS]:
+    for prompt in dataset.prompts[:NUM_PROMPTS]:
         for _ in range(GROUP_SIZE):
             tokens = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, config.sampling.max_tokens)))
             completion = Completion(tokens, (-1.0,) * len(tokens), "length", 0, "")
@@ -137,7 +137,7 @@ def measure_examples(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
     dataset = load_examples(config.data, load_tokenizer(str(folder)))
     policy = MegatronPolicy(config, checkpoint_spec(folder), folder, ranks, with_reference=False)
     batch = build_example_batch(
-        dataset.rows[: NUM_PROMPTS * GROUP_SIZE],
+        [example for part in dataset.sets for example in part.examples][: NUM_PROMPTS * GROUP_SIZE],
         config.train.model_copy(update={"minibatches_per_epoch": 1}),
         dp=topology.dp,
         dp_rank=ranks.at.dp_rank,

@@ -237,7 +237,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     check_model(config, Topology.of(config, world))
     folder = checkpoint.model
     if folder is None:
-        from grpo_mega.tiny_base.base_folder import ensure_base
+        from grpo_mega.tiny_base.train import ensure_base
 
         assert config.model.base is not None, "config/rules.py: one of model.path and model.base is set"
         folder = ensure_base(config.model.base, config.data.train_sets[0].path)

@@ -236,7 +236,7 @@ def model_of(config: Config, gpu: Gpu, assumed: Mapping[str, float] = MappingPro
 
     check_engine_args(config, on_cuda=gpu.name != "cpu")
     if config.model.base is not None:
-        from grpo_mega.tiny_base.recipe import base_tokenizer
+        from grpo_mega.tiny_base.train import base_tokenizer
 
         vocab_size = len(base_tokenizer(config.model.base))
         spec, where = recipe_spec(config.model.base.architecture, vocab_size), "model.base.architecture"

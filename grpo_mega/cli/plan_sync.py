@@ -48,7 +48,7 @@ from grpo_mega.models.rank_slices import policy_slices
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, scale_slices
-from grpo_mega.tiny_base.recipe import base_config, base_tokenizer
+from grpo_mega.tiny_base.train import base_config, base_tokenizer
 from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
 from grpo_mega.weight_sync.slice_table import (

@@ -3,6 +3,7 @@
     grpo-mega rollouts RUN_DIR --step 12
     grpo-mega rollouts RUN_DIR --step 12 --where "reward < 0.5 and len(completion_ids) > 100"
     grpo-mega rollouts RUN_DIR --step 12 --jsonl > step_12.jsonl
+    grpo-mega rollouts RUN_DIR --step 12 --quarantine
 
 Without --step it prints the last step that has a complete part. The columns are those of docs/reference/rollouts.md;
 --jsonl prints one object per rollout, with a key per column. A condition compares columns with numbers or quoted texts,
@@ -29,8 +30,10 @@ from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.types import UserError
 
 
-def find_step(run: Path, step: int | None) -> Path:
+def find_step(run: Path, step: int | None, *, quarantine: bool = False) -> Path:
     """Return the folder of the rollouts of a step, or of the last step with a complete part.
+
+    `quarantine`: of the rollouts that a rule of `guard.rules` put aside.
 
     Raises:
         UserError: the folder is not a run, it has no rollouts, or not those of this step.
@@ -41,9 +44,17 @@ def find_step(run: Path, step: int | None) -> Path:
     folder = RunFolder(run)
     if not folder.config.is_file():
         raise UserError(f"RUN_DIR={run} is not the folder of a run (it has no config.yaml)", remedy="name run.dir")
-    if step is not None and folder.rollouts_of(step).with_suffix(".jsonl").is_file():
-        return folder.rollouts_of(step)  # of an older version, which the reader says
-    steps = [n for n in steps_of(folder.rollouts) if any(folder.rollouts_of(n).glob("part-*.parquet"))]
+    of_step, parent = folder.rollouts_of, folder.rollouts
+    if quarantine:
+        of_step, parent = folder.quarantine_of, folder.quarantine
+    if step is not None and of_step(step).with_suffix(".jsonl").is_file():
+        return of_step(step)  # of an older version, which the reader says
+    steps = [n for n in steps_of(parent) if any(of_step(n).glob("part-*.parquet"))]
+    if not steps and quarantine:
+        raise UserError(
+            f"RUN_DIR={run} has no rollouts in quarantine",
+            remedy="a rule of guard.rules with the action quarantine writes them",
+        )
     if not steps:
         raise UserError(
             f"RUN_DIR={run} has no rollouts yet",
@@ -51,7 +62,7 @@ def find_step(run: Path, step: int | None) -> Path:
         )
     if step is not None and step not in steps:
         raise UserError(f"--step={step}: {run} has no rollouts of this step", remedy=f"use one of {_as_ranges(steps)}")
-    return folder.rollouts_of(steps[-1] if step is None else step)
+    return of_step(steps[-1] if step is None else step)
 
 
 def _as_ranges(steps: Sequence[int]) -> str:
@@ -76,7 +87,7 @@ def print_rollouts(args: argparse.Namespace) -> int:
     from grpo_mega.observe.rollout_files.text_view import render
     from grpo_mega.observe.rollout_files.where import select_rows
 
-    found = read_step(find_step(args.run_dir, args.step))
+    found = read_step(find_step(args.run_dir, args.step, quarantine=args.quarantine))
     table = found.table if args.where is None else select_rows(found.table, args.where)
     width = args.width or shutil.get_terminal_size((120, 24)).columns
     for number, row in enumerate(found.rows(table)):
@@ -96,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run")
     parser.add_argument("--step", type=int, help="number of the step (default: the last one)")
+    parser.add_argument("--quarantine", action="store_true", help="rollouts that a rule of guard.rules put aside")
     parser.add_argument("--where", metavar="CONDITION", help="print only rollouts for which this is true")
     parser.add_argument("--jsonl", action="store_true", help="print one JSON object per rollout")
     parser.add_argument("--width", type=int, help="columns of the readable form (default: those of the terminal)")

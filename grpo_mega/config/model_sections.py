@@ -75,19 +75,10 @@ class ModelConfig(Section):
     """Branch, tag or commit of a model of the hub. null: `main`. The resolved config holds the commit."""
     base: BaseConfig | None = None
     """Recipe of a tiny model that is pre-trained before the run. null: use `path`."""
-    init: Literal["weights", "random"] = "weights"
-    """`weights`: start with the weights of `path`, `base` or `checkpoint`. `random`: start with random weights from
-    `run.seed`, with the standard deviation `initializer_range` of config.json. Then `path` needs only config.json and
-    the tokenizer, and `base` is not pre-trained."""
     checkpoint: str | None = None
     """Checkpoint of a run (`RUN/checkpoints/step_NNNNNN`) whose weights replace those of `path` or `base`, for example
     of supervised fine-tuning. Policy, reference and critic start with them; optimizer, step and data start anew. null:
     none."""
-
-    @property
-    def needs_weights(self) -> bool:
-        """Return True if the run starts with the weights of `path` or `base`."""
-        return self.init == "weights" and self.checkpoint is None
 
     @property
     def is_on_hub(self) -> bool:

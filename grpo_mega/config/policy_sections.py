@@ -72,7 +72,7 @@ class OptimizerConfig(Section):
     name: Literal["adam", "muon"] = "adam"
     """`adam`: Adam with decoupled weight decay (AdamW). `muon`: Muon for the matrices of the layers, AdamW for
     embedding, output layer, norms and biases."""
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(1e-6, gt=0, le=1000)
     """Learning rate after the warm-up."""
     schedule: LearningRateShape | None = None
     """Learning rate after the warm-up: `constant`, or a `linear` or `cosine` decay from `lr` to `min_lr`. null:

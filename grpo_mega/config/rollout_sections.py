@@ -9,6 +9,10 @@ from pydantic import BeforeValidator, Field
 from grpo_mega.config.sampling_options import token_ids
 from grpo_mega.config.section import Section
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+"""vLLM samples with 0.01 in place of a lower temperature, and then differs from the policy. Above 100 the samples are
+almost uniform."""
+
 
 class EngineConfig(Section):
     """Inference engine that samples the rollouts.
@@ -53,7 +57,7 @@ class SamplingConfig(Section):
 
     group_size: int = Field(8)
     """Rollouts per prompt: at least 2, or at least 1 for advantages that are not relative to the group."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     """Softmax temperature of the engine. The policy computes its log-probabilities at the same temperature."""
     max_tokens: int = Field(256, ge=1)
     """Most tokens of a completion; longer completions are truncated."""
@@ -66,7 +70,7 @@ class RewardTerm(Section):
 
     name: str
     """Name of a built-in reward (docs/rewards.md), `./file.py:function` or `package.module:function`."""
-    weight: float = 1.0
+    weight: float = Field(1.0, ge=-1e6, le=1e6)
     """Factor of this term in the sum."""
     args: dict[str, Any] = Field({})
     """Keyword arguments of the reward."""
@@ -117,7 +121,7 @@ class EvaluationConfig(Section):
 
     every: int | None = Field(None, ge=1)
     """Steps between evaluations. null: only before the first step and after the last one."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)
     """Softmax temperature of the samples. The greedy accuracy is reported as well."""
     k: int = Field(4, ge=1)
     """Samples per prompt. Accuracy is pass@1, the mean over the samples."""

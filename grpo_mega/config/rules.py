@@ -11,6 +11,7 @@ import math
 from grpo_mega.config.algorithm_rules import check_algorithm
 from grpo_mega.config.data_rules import check_data
 from grpo_mega.config.fp8_rules import check_fp8
+from grpo_mega.config.guard_rules import check_guard
 from grpo_mega.config.optimizer_rules import check_optimizer
 from grpo_mega.config.reward_rules import check_reward_sets
 from grpo_mega.config.schema import Config
@@ -48,6 +49,7 @@ def check(config: Config) -> None:
     check_fp8(config)
     check_sft(config)
     check_optimizer(config)
+    check_guard(config)
 
 
 def _one_model(config: Config) -> None:
@@ -55,11 +57,6 @@ def _one_model(config: Config) -> None:
         raise UserError(
             "model: exactly one of model.path and model.base must be set",
             remedy="set model.path to a Hugging Face folder, or model.base to the recipe of a tiny model",
-        )
-    if config.model.init == "random" and config.model.checkpoint is not None:
-        raise UserError(
-            f"model.init=random does nothing with model.checkpoint={config.model.checkpoint}, whose weights are used",
-            remedy="remove one of them",
         )
     if config.model.revision is not None and not config.model.is_on_hub:
         path = "model.base is a recipe" if config.model.path is None else f"model.path={config.model.path} is a folder"

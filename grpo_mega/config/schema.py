@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.data_sections import DataConfig
+from grpo_mega.config.guard_section import GuardConfig
 from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PolicyConfig, PrecisionConfig
 from grpo_mega.config.rollout_sections import (
@@ -31,8 +32,7 @@ class RunConfig(Section):
     dir: str | None = None
     """Run folder. null: `runs/<config name>`."""
     seed: int = Field(0, ge=0)
-    """Seed of prompt order, sampling and updates, and of random initial weights (`model.init`). It does not affect the
-    recipe of a tiny base."""
+    """Seed of prompt order, sampling and updates. It does not affect the base model."""
     world_size: int | None = Field(None, ge=1)
     """Number of ranks on all nodes. null: the number that the launcher sets, else the number of GPUs, else 1."""
     deterministic: bool = False
@@ -128,28 +128,6 @@ class ObserveConfig(Section):
     JSON on its standard input. It has 60 seconds."""
 
 
-Phase = Literal["start", "rollout", "reward", "log_probs", "critic", "train", "sync", "evaluation", "checkpoint"]
-"""A phase of a run, as in the metrics `time/*_seconds`."""
-
-
-class GuardConfig(Section):
-    """Limits that end a run which makes no progress, or whose engine does not compute what the policy computes."""
-
-    timeout_seconds: float = Field(600.0, gt=0)
-    """Longest wait of one rank for another, in seconds."""
-    phase_limits: dict[Phase, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Longest time without progress in a phase, in seconds, by phase. Progress: a rank enters a phase or a collective,
-    or its engine makes a step. After it the launcher reports the rank that the others wait for, and ends the job.
-    Default: the larger of 60 and 6 times the median of the phase; before it is known, `guard.timeout_seconds`, and none
-    for `start`."""
-    max_mismatch: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
-    """Largest difference between the log-probs of policy and engine in a step, in nats, over tokens with a probability
-    above 1e-3 in one of them. The run stops if more than 2 tokens and more than 0.1 % of them exceed it, or one token
-    exceeds four times the bound. Of the tokens that exceed it, those of equal rollouts of one prompt count once.
-    `auto`: 0.01 with `precision.dtype=fp32` and 0.5 with `bf16`; 2 with FP8, and for experts without
-    `algorithm.routing_replay`. A positive number is a bound of yours. null: no bound."""
-
-
 class Config(Section):
     """The configuration of one run."""
 
@@ -188,7 +166,7 @@ class Config(Section):
     observe: ObserveConfig = ObserveConfig()
     """Metrics and records of the run."""
     guard: GuardConfig = GuardConfig()
-    """Limits of waiting, and of the difference between policy and engine."""
+    """Limits of waiting and of the difference between policy and engine, and rules on each step."""
 
     @property
     def is_sft(self) -> bool:

@@ -24,6 +24,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from grpo_mega.config.data_sections import DataConfig
 from grpo_mega.data.example_rows import ASSISTANT, ExampleRow
 from grpo_mega.data.prompt_template import PromptTemplate
+from grpo_mega.data.special_tokens import SpecialTokens
 from grpo_mega.types import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class ExampleTemplate:
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._prompts = PromptTemplate(config, tokenizer)
+        self._special = SpecialTokens(tokenizer)
         self.marks_answers = bool(_GENERATION.search(self._prompts.source or ""))
         """True if the chat template itself marks the answers, with `{% generation %}`."""
         if self._prompts.source is not None and not tokenizer.is_fast:
@@ -81,18 +83,21 @@ class ExampleTemplate:
         """
         if self._prompts.source is None:
             return self._render_plain(row)
-        messages = self._prompts.messages([*row.prompt, *row.completion])
-        first = len(messages) - len(row.completion)
-        spelled = self._prompts.spelled_in(messages)
-        text, spans = self._find_answers(messages, first)
+        prompt = self._prompts.messages([*row.prompt, *row.completion])
+        first = len(prompt) - len(row.completion)
+        contents = [{key: value for key, value in message.items() if key != "role"} for message in prompt]
+        spelled = [] if self._config.allow_special_tokens else self._special.spelled_in(contents)
+        text, spans = self._find_answers(prompt, first)
         if not spelled:
             encoded = self._tokenizer(
                 text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True
             )
             ids, places = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         else:
-            marked, spans = self._find_answers(self._prompts.marked(messages), first)
-            ids, places = self._prompts.special.encode_marked_spans(marked, text, spelled)
+            marked, spans = self._find_answers(
+                [self._special.mark(message) | {"role": message["role"]} for message in prompt], first
+            )
+            ids, places = self._special.encode_marked_spans(marked, text, spelled)
         return RenderedExample(tuple(ids), _tokens_in(places, spans), tuple(spelled))
 
     def _render_plain(self, row: ExampleRow) -> RenderedExample:
@@ -102,8 +107,14 @@ class ExampleTemplate:
                 remedy="use data.template=chat for conversations",
             )
         prompt = self._prompts.render(row.prompt)
-        spelled = self._prompts.spelled_in(row.completion)
-        answer = [*self._prompts.encode_text(row.completion[0]["content"]), int(self._tokenizer.eos_token_id)]
+        text = row.completion[0]["content"]
+        spelled: list[str] = []
+        if self._config.allow_special_tokens:
+            answer = list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+        else:
+            spelled = self._special.spelled_in(text)
+            answer = self._special.encode_as_text(text)
+        answer.append(int(self._tokenizer.eos_token_id))
         is_answer = (False,) * len(prompt.token_ids) + (True,) * len(answer)
         return RenderedExample((*prompt.token_ids, *answer), is_answer, (*prompt.spelled, *spelled))
 
@@ -143,7 +154,7 @@ class ExampleTemplate:
         Raises:
             UserError: a text is not the beginning of the next one.
         """
-        whole = self._prompts.text_of(messages, opens_turn=False)
+        whole = self._text(messages, opens_turn=False)
         spans = []
         for at in range(first, len(messages)):
             if messages[at]["role"] != ASSISTANT:
@@ -154,8 +165,8 @@ class ExampleTemplate:
                     "it",
                     remedy=_REMEDY,
                 )
-            prompt = self._prompts.text_of(messages[:at], opens_turn=True)
-            answered = self._prompts.text_of(messages[: at + 1], opens_turn=False)
+            prompt = self._text(messages[:at], opens_turn=True)
+            answered = self._text(messages[: at + 1], opens_turn=False)
             if not (answered.startswith(prompt) and whole.startswith(answered)):
                 raise UserError(
                     f"the chat template has no {{% generation %}} that marks answers, and message {at + 1} of "
@@ -169,7 +180,18 @@ class ExampleTemplate:
     def _end_of_answer(self, text: str) -> int:
         """Return the end of an answer at the end of a text: white space after a special token does not belong to it."""
         stripped = text.rstrip()
-        return len(stripped) if stripped.endswith(tuple(self._prompts.special.ids)) else len(text)
+        return len(stripped) if stripped.endswith(tuple(self._special.ids)) else len(text)
+
+    def _text(self, messages: Sequence[Mapping[str, Any]], *, opens_turn: bool) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._prompts.source,
+                tokenize=False,
+                add_generation_prompt=opens_turn,
+                **self._config.chat_template_kwargs,
+            )
+        )
 
 
 def _tokens_in(places: Sequence[Span], spans: Sequence[Span]) -> tuple[bool, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,18 +63,17 @@ class PromptTemplate:
             Exception: any exception of the template or of the tokenizers library.
         """
         messages = self.messages(prompt)
-        spelled = self.spelled_in(messages)
+        spelled = [] if self._config.allow_special_tokens else self._special.spelled_in(_without_roles(messages))
         if self.source is None:
             text = "\n\n".join(message["content"] for message in messages)
             return RenderedPrompt(text, self._encode_plain(text), tuple(spelled))
-        continues = messages[-1]["role"] == "assistant"
-        text = self.text_of(messages, opens_turn=not continues, continues=continues)
+        text = self._apply(messages)
         if not spelled:
             # The template has already written BOS and other special tokens.
             token_ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
             return RenderedPrompt(text, tuple(token_ids))
-        marked = self.text_of(self.marked(messages), opens_turn=not continues, continues=continues)
-        return RenderedPrompt(text, tuple(self.special.encode_marked(marked, text, spelled)), tuple(spelled))
+        marked = self._apply([self._special.mark(message) | {"role": message["role"]} for message in messages])
+        return RenderedPrompt(text, tuple(self._special.encode_marked(marked, text, spelled)), tuple(spelled))
 
     def messages(self, prompt: PromptSource) -> list[dict[str, Any]]:
         """Return the prompt as messages, with `data.system_prompt` before a prompt that has no system message."""
@@ -83,52 +82,31 @@ class PromptTemplate:
             messages.insert(0, {"role": "system", "content": self._config.system_prompt})
         return messages
 
-    def spelled_in(self, messages: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Return the special tokens that the contents of the messages spell, if they are to be encoded as text."""
-        return [] if self._config.allow_special_tokens else self.special.spelled_in(_without_roles(messages))
-
-    def marked(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return the messages with the texts of special tokens replaced by marks (`SpecialTokens.mark`)."""
-        return [self.special.mark(message) | {"role": message["role"]} for message in messages]
-
-    def text_of(self, messages: Sequence[Mapping[str, Any]], *, opens_turn: bool, continues: bool = False) -> str:
-        """Return the text that the chat template writes.
-
-        Args:
-            messages: the conversation.
-            opens_turn: end where the assistant's next answer begins.
-            continues: end within the last message, which the assistant continues.
-        """
+    def _apply(self, messages: list[dict[str, Any]]) -> str:
+        """Return the text of the chat template; it ends where the answer of the policy begins."""
+        continues = messages[-1]["role"] == "assistant"
         return str(
             self._tokenizer.apply_chat_template(
-                list(messages),
+                messages,
                 chat_template=self.source,
                 tokenize=False,
-                add_generation_prompt=opens_turn,
+                add_generation_prompt=not continues,
                 continue_final_message=continues,
                 **self._config.chat_template_kwargs,
             )
         )
-
-    def encode_text(self, text: str) -> list[int]:
-        """Return the tokens of a text of a row, without tokens that the tokenizer adds.
-
-        Raises:
-            UserError: see `SpecialTokens.encode_as_text`.
-        """
-        if self._config.allow_special_tokens:
-            return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
-        return self.special.encode_as_text(text)
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a plain text with what the tokenizer puts before a text (BOS), but not after it (EOS).
 
         A text that begins with these tokens already gets no second ones.
         """
-        token_ids = self.encode_text(text)
-        if self._tokenizer.is_fast and not self._tokenizer.num_special_tokens_to_add():
-            return tuple(token_ids)
-        whole = list(self._tokenizer.encode(text, split_special_tokens=not self._config.allow_special_tokens))
+        split = not self._config.allow_special_tokens
+        if split:
+            token_ids = self._special.encode_as_text(text)
+        else:
+            token_ids = list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False))
+        whole = list(self._tokenizer.encode(text, split_special_tokens=split))
         ends = range(len(whole) - len(token_ids) + 1)
         begin = next((at for at in ends if whole[at : at + len(token_ids)] == token_ids), None) if token_ids else 0
         if begin is None:
@@ -140,8 +118,7 @@ class PromptTemplate:
         return tuple(token_ids if token_ids[:begin] == before else before + token_ids)
 
     @cached_property
-    def special(self) -> SpecialTokens:
-        """The special tokens of the tokenizer."""
+    def _special(self) -> SpecialTokens:
         return SpecialTokens(self._tokenizer)
 
 
@@ -185,5 +162,5 @@ def _check_template(source: str, config: DataConfig, tokenizer: PreTrainedTokeni
             )
 
 
-def _without_roles(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _without_roles(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in message.items() if key != "role"} for message in messages]

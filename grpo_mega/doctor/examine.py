@@ -139,7 +139,7 @@ def _tokenizer(config: Config) -> list[Finding]:
     from grpo_mega.data.chat import load_tokenizer
 
     if config.model.base is not None:
-        from grpo_mega.tiny_base.recipe import base_tokenizer
+        from grpo_mega.tiny_base.train import base_tokenizer
 
         template = passed("chat template", "the recipe of the tiny base makes the tokenizer")
         return [template, *check_prompt(config, base_tokenizer(config.model.base))]

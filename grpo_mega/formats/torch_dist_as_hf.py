@@ -59,7 +59,7 @@ class DistAsHf:
                 # offsets in the Hugging Face tensor, with one leading dimension for each of the key's
                 self._sources[placed.hf.name].append(SliceCopy(there, (0,) * len(ones) + placed.hf.offsets))
         self._check_unknown_tensors(known | ({_HEAD} if spec.tie_embeddings else set()))
-        self._aside = weights_of(base) if shapes_aside.keys() - self._sources.keys() else None
+        self._aside = _weights_of(base) if shapes_aside.keys() - self._sources.keys() else None
         held = set(self._sources)
         if self._aside is not None:
             self._aside.check({}, shapes | shapes_aside)
@@ -163,8 +163,7 @@ class DistAsHf:
             )
 
 
-def weights_of(base: Path) -> HfFiles | None:
-    """Return the reader of a Hugging Face folder, or None if it holds no safetensors files."""
+def _weights_of(base: Path) -> HfFiles | None:
     return HfFiles(base, "--base") if (base / SINGLE).is_file() or (base / INDEX).is_file() else None
 
 

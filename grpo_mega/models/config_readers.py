@@ -58,7 +58,6 @@ def _common(
         "rope": rope.scaling,
         "norm_eps": fields.number("rms_norm_eps", default=eps),
         "tie_embeddings": fields.flag("tie_word_embeddings"),
-        "initializer_range": fields.number("initializer_range", default=0.02),
         "qkv_bias": False,
         "qk_norm": False,
     }

@@ -136,8 +136,6 @@ class ModelSpec:
     """For each layer, True if it has a sliding window; empty means none."""
     num_mtp_layers: int = 0
     """Multi-token-prediction layers after the last layer of the checkpoint; they are kept, but not used or trained."""
-    initializer_range: float = 0.02
-    """Standard deviation of random initial weights."""
 
     def is_moe_layer(self, layer: int) -> bool:
         """Return True if this layer has routed experts."""

@@ -23,6 +23,4 @@ def recipe_spec(recipe: ArchitectureConfig, vocab_size: int = 1) -> ModelSpec:
         tie_embeddings=recipe.tie_embeddings,
         qkv_bias=False,
         qk_norm=True,
-        # With the usual 0.02, so narrow a model spends most of its few steps on increasing its weights.
-        initializer_range=recipe.hidden_size**-0.5,
     )

@@ -13,11 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from grpo_mega.observe.alarm_rule import AlarmRule, Found
+from grpo_mega.observe.conditions import (
+    SOLVED,
+    entropy_collapse,
+    equal_rewards,
+    far_from_reference,
+    gradient_spike,
+    mismatch_growth,
+    truncated_rollouts,
+)
 from grpo_mega.observe.hardware.alarm_rules import MACHINE_RULES
 from grpo_mega.observe.history import History, mean
-
-_SOLVED = 0.9
-"""Accuracy above which equal rewards and a small entropy are the aim and no fault."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +52,10 @@ class Alarm:
         return f"{self.name} since step {self.since}: {self.text}; look at {self.look_at}"
 
 
-def _equal_rewards(history: History) -> Found | None:
-    """Almost every group has equal rewards, although the task is not solved: there is nothing to learn from."""
-    value, accuracy = history.last("group/degenerate_fraction"), history.last("reward/accuracy")
-    if value is None or value < 0.98 or (accuracy is not None and accuracy >= _SOLVED):
-        return None
-    return Found(value, 0.98, f"the rewards of {value:.0%} of the groups are equal, so the gradient is zero")
-
-
 def _no_progress(history: History) -> Found | None:
     """The best 20 steps are no better than the first 20, after 60 steps."""
     rewards = history.all("reward/mean")
-    if len(rewards) < 60 or (history.last("reward/accuracy") or 0.0) >= _SOLVED:
+    if len(rewards) < 60 or (history.last("reward/accuracy") or 0.0) >= SOLVED:
         return None
     first = rewards[:20]
     best = max(mean(rewards[start : start + 20]) for start in range(20, len(rewards) - 19, 10))
@@ -132,51 +130,6 @@ def _longer(history: History) -> Found | None:
     return Found(now, limit, f"the mean length is {now:.0f} tokens, more than twice that of 10 to 20 steps before")
 
 
-def _truncated(history: History) -> Found | None:
-    value = history.last("rollout/truncated_fraction")
-    if value is None or value <= 0.5:
-        return None
-    return Found(value, 0.5, f"{value:.0%} of the answers reach sampling.max_tokens")
-
-
-def _entropy(history: History) -> Found | None:
-    """The entropy has collapsed although the task is not solved."""
-    value, first = history.last("train/entropy"), history.first("train/entropy", 5)
-    if value is None or len(history.steps) < 10 or (history.last("reward/accuracy") or 0.0) >= _SOLVED:
-        return None
-    limit = 0.1 * mean(first)
-    if value >= limit:
-        return None
-    return Found(value, limit, f"the entropy is {value:.2g} nats per token, a tenth of {mean(first):.2g} at the start")
-
-
-def _far_from_reference(history: History) -> Found | None:
-    value = history.last("train/kl")
-    if value is None or value <= 10.0:
-        return None
-    return Found(value, 10.0, f"the KL divergence from the reference is {value:.3g} nats per token")
-
-
-def _gradient(history: History) -> Found | None:
-    value, before = history.last("train/grad_norm"), history.recent("train/grad_norm", 20, skip=1)
-    if value is None or len(before) < 10:
-        return None
-    limit = 30 * statistics.median(before)
-    if value <= limit or limit == 0:
-        return None
-    return Found(value, limit, f"the gradient norm is {value:.3g}, 30 times the median of the 20 steps before")
-
-
-def _mismatch(history: History) -> Found | None:
-    value, first = history.last("train/mismatch_kl"), history.first("train/mismatch_kl", 10)
-    if value is None or len(history.steps) < 10:
-        return None
-    limit = max(1e-3, 10 * statistics.median(first))
-    if abs(value) <= limit:
-        return None
-    return Found(value, limit, f"policy and engine differ by {value:.2g} nats per token, 10 times as much as at first")
-
-
 def _failed_rewards(history: History) -> Found | None:
     value = history.last("reward/failed_fraction")
     if value is None or value <= 0.05:
@@ -186,16 +139,16 @@ def _failed_rewards(history: History) -> Found | None:
 
 RULES: tuple[AlarmRule, ...] = (
     AlarmRule("unscored rollouts", 3, "the tracebacks of rewards in logs/", _failed_rewards),
-    AlarmRule("equal rewards", 5, "the rollouts and rewards of one group: are they ever different?", _equal_rewards),
+    AlarmRule("equal rewards", 5, "the rollouts and rewards of one group: are they ever different?", equal_rewards),
     AlarmRule("one set is never right", 3, "the references and prompts of that set", _dead_set),
-    AlarmRule("mismatch of policy and engine", 3, "train/mismatch_max, engine.args and precision", _mismatch),
-    AlarmRule("far from the reference", 2, "optimizer.lr and algorithm.kl_coef", _far_from_reference),
-    AlarmRule("gradient norm", 3, "optimizer.lr, and the rollouts with the largest advantages", _gradient),
-    AlarmRule("collapse of the entropy", 5, "optimizer.lr and the variety of the rollouts", _entropy),
+    AlarmRule("mismatch of policy and engine", 3, "train/mismatch_max, engine.args and precision", mismatch_growth),
+    AlarmRule("far from the reference", 2, "optimizer.lr and algorithm.kl_coef", far_from_reference),
+    AlarmRule("gradient norm", 3, "optimizer.lr, and the rollouts with the largest advantages", gradient_spike),
+    AlarmRule("collapse of the entropy", 5, "optimizer.lr and the variety of the rollouts", entropy_collapse),
     AlarmRule("reward up, accuracy down", 3, "the rollouts with the largest rewards", _reward_against_accuracy),
     AlarmRule("a reward term falls", 3, "the weights in reward.terms", _component_falls),
     AlarmRule("answers grow", 3, "the longest rollouts: do they repeat themselves?", _longer),
-    AlarmRule("truncated answers", 5, "sampling.max_tokens and the end of truncated rollouts", _truncated),
+    AlarmRule("truncated answers", 5, "sampling.max_tokens and the end of truncated rollouts", truncated_rollouts),
     AlarmRule("no progress", 1, "group/degenerate_fraction, optimizer.lr and the prompts", _no_progress),
     *MACHINE_RULES,
 )

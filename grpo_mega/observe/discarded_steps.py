@@ -47,15 +47,15 @@ def set_aside_after(step: int, metrics: Path, rollouts: Path, discarded: Path) -
     steps: set[int] = set()
     target = _new_folder_name(discarded)
     if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
+        lines = metrics.read_bytes().splitlines()
         step_of = [_line_step(metrics, lines, number) for number in range(len(lines))]
         kept = [line for line, of in zip(lines, step_of, strict=True) if of is not None and of <= step]
         later = {line: of for line, of in zip(lines, step_of, strict=True) if of is not None and of > step}
         if later:
             steps.update(later.values())
             target.mkdir(parents=True)
-            write_atomically(target / metrics.name, "".join(f"{line}\n" for line in later))
-        write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+            write_atomically(target / metrics.name, b"".join(line + b"\n" for line in later))
+        write_atomically(metrics, b"".join(line + b"\n" for line in kept))
     if rollouts.is_dir():
         for path in list(rollouts.iterdir()):
             named = _STEP_NAME.match(path.name)
@@ -94,7 +94,7 @@ def _new_folder_name(parent: Path) -> Path:
     return found
 
 
-def _line_step(metrics: Path, lines: Sequence[str], number: int) -> int | None:
+def _line_step(metrics: Path, lines: Sequence[bytes], number: int) -> int | None:
     """Return the step of a line; None for a last line that is incomplete after a crash."""
     try:
         return int(json.loads(lines[number])["step"])

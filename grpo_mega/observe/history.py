@@ -17,11 +17,14 @@ class History:
         self._values: dict[str, dict[int, float]] = {}
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of the next step."""
-        self.steps.append(step)
+        """Add the metrics of the next step, or replace values of the last one."""
+        if not self.steps or self.steps[-1] != step:
+            self.steps.append(step)
         for name, value in metrics.items():
             if math.isfinite(value):
                 self._values.setdefault(name, {})[step] = float(value)
+            else:
+                self._values.get(name, {}).pop(step, None)
 
     def names(self, prefix: str) -> list[str]:
         """Return the names with this prefix."""

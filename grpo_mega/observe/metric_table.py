@@ -143,6 +143,18 @@ METRICS: dict[str, Metric] = {
         "`algorithm.aux_loss_coef` > 0",
     ),
     "train/updates": Metric(POLICY, "updates", "updates", "optimizer steps of the step"),
+    "guard/warnings": Metric(
+        POLICY, "guard", "count", "rules of `guard.rules` with the action `warn` that held, counted per update"
+    ),
+    "guard/skipped_updates": Metric(
+        POLICY, "guard", "count", "optimizer steps of policy and critic that a rule of `guard.rules` skipped"
+    ),
+    "guard/quarantined_groups": Metric(
+        POLICY, "guard", "count", "groups that a rule of `guard.rules` wrote to `quarantine/`"
+    ),
+    "guard/rollbacks": Metric(
+        POLICY, "guard", "count", "returns of the run to a checkpoint before this step (`rollbacks.jsonl`)"
+    ),
     "critic/loss": Metric(
         POLICY, "critic loss", "loss", "loss of the critic, mean over its updates of the step", _CRITIC
     ),

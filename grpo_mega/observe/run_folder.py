@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import yaml
 from grpo_mega.observe.atomic_files import TEMPORARY_SUFFIX, write_atomically
 from grpo_mega.observe.config_changes import ConfigChange, compare_configs, record_changes
 from grpo_mega.observe.discarded_steps import DiscardedSteps, set_aside_after
+from grpo_mega.observe.rollbacks import Rollbacks, read_rollbacks
 from grpo_mega.observe.summary import Summary, read_summary
 from grpo_mega.types import UserError
 
@@ -73,6 +74,20 @@ class RunFolder:
     def discarded(self) -> Path:
         """Folder of metrics and rollouts of steps that were made again, in one folder per start."""
         return self.path / "discarded"
+
+    @property
+    def rollbacks(self) -> Path:
+        """Returns to a checkpoint that a rule of `guard.rules` asked for, `rollbacks.jsonl`."""
+        return self.path / "rollbacks.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        """Folder of the rollouts that rules of `guard.rules` put aside."""
+        return self.path / "quarantine"
+
+    def quarantine_of(self, step: int) -> Path:
+        """Folder of the rollouts of one step in quarantine, with the reason."""
+        return self.quarantine / f"step_{step:06d}"
 
     @property
     def logs(self) -> Path:
@@ -145,6 +160,7 @@ class RunState:
         moved_to: new path of the folder that `run.overwrite` moved aside, or None.
         changes: keys that have another value from the next step on.
         discarded: steps after `step` that an earlier command made, and the folder that holds them now; or None.
+        rollbacks: rollbacks of earlier commands of this run.
     """
 
     folder: RunFolder
@@ -155,6 +171,12 @@ class RunState:
     moved_to: Path | None
     changes: tuple[ConfigChange, ...] = ()
     discarded: DiscardedSteps | None = None
+    rollbacks: Rollbacks = field(default_factory=Rollbacks)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """True if `checkpoint` is in this run's own folder."""
+        return self.checkpoint is not None and self.checkpoint.parent.absolute() == self.folder.checkpoints.absolute()
 
 
 def checkpoints_to_verify(
@@ -218,10 +240,11 @@ def open_run(
     checkpoint = checkpoints.get(step)
     if checkpoint is None and resume != "auto":
         step, checkpoint = _given_checkpoint(resume, train_steps)
+    rollbacks = read_rollbacks(folder.rollbacks)
     discarded = set_aside_after(step, folder.metrics, folder.rollouts, folder.discarded)
     changes = record_changes(folder.config_changes, step, changes)
     _write_config(folder, resolved)
-    return RunState(folder, "continued", step, checkpoint, previous, None, changes, discarded)
+    return RunState(folder, "continued", step, checkpoint, previous, None, changes, discarded, rollbacks)
 
 
 def _is_finished(folder: RunFolder, train_steps: int) -> bool:

@@ -17,10 +17,10 @@ from grpo_mega.interfaces import TokenValueLoss
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import whole_row
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.policy.learner import MegatronLearner
+from grpo_mega.policy.learner import MegatronLearner, require_finite
 from grpo_mega.policy.modules.value_head import HEAD, ValueModel
 from grpo_mega.policy.weight_source import MegatronWeights, weight_copy_group
-from grpo_mega.types import Microbatch, UpdateStats
+from grpo_mega.types import AllowsUpdate, Microbatch, UpdateStats
 
 
 class MegatronCritic(MegatronLearner):
@@ -37,13 +37,20 @@ class MegatronCritic(MegatronLearner):
         """Return values [T] per microbatch without gradient on every rank of the last stage, None on other ranks."""
         return self._run_inference(microbatches, self._whole_row_values)
 
-    def update(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, learning_rate: float) -> UpdateStats:
-        """Run one optimizer step.
+    def update(
+        self,
+        microbatches: Sequence[Microbatch],
+        loss: TokenValueLoss,
+        rate: float,
+        allows: AllowsUpdate = require_finite,
+    ) -> UpdateStats:
+        """Run one optimizer step, unless `allows` returns False for the statistics before it.
 
         Raises:
-            RuntimeError: loss or gradient is not finite (names rank and microbatch); the weights are unchanged.
+            RuntimeError: by default, if loss or gradient is not finite (names rank and microbatch); the weights are
+                unchanged.
         """
-        return self._step(self.backward(microbatches, loss), learning_rate)
+        return self._step_if_allowed(self._value_gradient(microbatches, loss), rate, allows)
 
     def backward(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss) -> UpdateStats:
         """Compute the gradient and statistics of an update without the optimizer step. The learning rate in them is 0.
@@ -51,7 +58,11 @@ class MegatronCritic(MegatronLearner):
         Raises:
             RuntimeError: as `update`.
         """
+        stats = self._value_gradient(microbatches, loss)
+        require_finite(stats)
+        return stats
 
+    def _value_gradient(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss) -> UpdateStats:
         def token_losses(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
             values = self._whole_row_values(output, microbatch)
             token_loss, metrics = loss(values, microbatch)

@@ -36,7 +36,7 @@ from grpo_mega.policy.sharded_state import live_records, load_state, save_state
 from grpo_mega.policy.update_metrics import UpdateReport
 from grpo_mega.policy.weight_source import MegatronWeights
 from grpo_mega.policy.work_clock import WorkClock
-from grpo_mega.types import FileSink, Microbatch, StateRecords, UpdateStats
+from grpo_mega.types import AllowsUpdate, FileSink, Microbatch, StateRecords, UpdateStats
 
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
@@ -185,11 +185,11 @@ class MegatronLearner:
     ) -> tuple[UpdateStats, list[Tensor] | None]:
         """Compute the gradient and the statistics of an update, whose learning rate is still 0.
 
-        Also returns the last values of `token_losses`. `owner` names the model in messages, such as "critic's ".
+        Also returns the last values of `token_losses`. `owner` names the model in messages, such as "critic's ". If the
+        loss or the gradient is not finite, the statistics have a `fault` (with rank and microbatch).
 
         Raises:
-            RuntimeError: loss or gradient is not finite (names rank and microbatch), or parameters and gradients are
-                not on the device.
+            RuntimeError: parameters and gradients are not on the device.
         """
         self._require("update or backward", "training or valuing", "params", "grads")
         report = UpdateReport(self.ranks, owner)
@@ -204,20 +204,22 @@ class MegatronLearner:
             ddp.zero_grad_buffer()
         self.parts.optimizer.zero_grad()
         outputs = self._run_schedule(microbatches, last_stage, forward_only=False)
-        sums, maxima = report.reduce(self.dp_group, parallel_state.get_pipeline_model_parallel_group())
+        sums, maxima, fault = report.reduce(self.dp_group, parallel_state.get_pipeline_model_parallel_group())
         if self._fp8 is not None:
             means, largest = reported_scales(self.parts.models, self._fp8, len(microbatches), self.ranks.device)
             sums, maxima = sums | means, maxima | largest
         self.parts.optimizer.prepare_grads()
         grad_norm = float(self.parts.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise RuntimeError(
-                f"the {owner}gradient norm is {grad_norm} although every loss is finite; no update was made"
-            )
-        return UpdateStats(grad_norm, 0.0, sums, maxima), outputs if self.ranks.is_last_stage else None
+        if fault is None and not math.isfinite(grad_norm):
+            fault = f"the {owner}gradient norm is {grad_norm} although every loss is finite"
+        stats = UpdateStats(grad_norm, 0.0, sums, maxima, fault, non_finite_rows=tuple(report.non_finite_rows))
+        return stats, outputs if self.ranks.is_last_stage else None
 
-    def _step(self, stats: UpdateStats, learning_rate: float) -> UpdateStats:
-        """Run the optimizer step after `_gradient`."""
+    def _step_if_allowed(self, stats: UpdateStats, learning_rate: float, allows: AllowsUpdate) -> UpdateStats:
+        """Run the optimizer step after `_gradient`, unless `allows` returns False for its statistics."""
+        if not allows(stats):
+            return replace(stats, is_made=False)
+        assert stats.fault is None, f"an update with {stats.fault} must not be made"
         self._require("update", "training or valuing", "params", "grads", "optimizer")
         self._memory.changed()
         for group in self.parts.optimizer.param_groups:
@@ -301,6 +303,17 @@ class MegatronLearner:
         )
         self._work.stop()
         return outputs
+
+
+def require_finite(stats: UpdateStats) -> bool:
+    """Return True, for an update whose loss and gradient are finite.
+
+    Raises:
+        RuntimeError: they are not (names rank and microbatch).
+    """
+    if stats.fault is not None:
+        raise RuntimeError(f"{stats.fault}; no update was made")
+    return True
 
 
 _NO_TOKENS = torch.zeros((), dtype=torch.int, device="cpu")  # Megatron would divide by it; this program does not

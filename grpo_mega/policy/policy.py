@@ -21,7 +21,7 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import whole_row
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import init_groups
-from grpo_mega.policy.learner import MegatronLearner
+from grpo_mega.policy.learner import MegatronLearner, require_finite
 from grpo_mega.policy.megatron_patches.checkpoint_writing import writing_to
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.modules.router_aux_loss import RouterBalance, segments_of
@@ -30,14 +30,14 @@ from grpo_mega.policy.modules.routing_replay import RowParams, replay_routing
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.sharded_state import load_weights, save_weights
 from grpo_mega.policy.weight_source import MegatronWeights, weight_copy_group
-from grpo_mega.types import FileSink, Microbatch, StateRecords, UpdateStats
+from grpo_mega.types import AllowsUpdate, FileSink, Microbatch, StateRecords, UpdateStats
 
 
 class MegatronPolicy(MegatronLearner):
     """Megatron policy. Construction is collective: every rank passes the same arguments."""
 
     def __init__(self, config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, *, with_reference: bool) -> None:
-        """Load the weights with which the run starts. With `with_reference` they also become the reference."""
+        """Load the weights of `folder` or `model.checkpoint`. With `with_reference` they also become the reference."""
         init_groups(ranks, config.guard.timeout_seconds)
         super().__init__(config, spec, ranks, config.optimizer, PolicyModel)
         replay_routing(self.parts.models, config.parallel.recompute_modules or ())
@@ -87,15 +87,22 @@ class MegatronPolicy(MegatronLearner):
         return self._run_inference(microbatches, whole_logits)
 
     def update(
-        self, microbatches: Sequence[Microbatch], loss: TokenLoss, learning_rate: float
+        self,
+        microbatches: Sequence[Microbatch],
+        loss: TokenLoss,
+        rate: float,
+        allows: AllowsUpdate = require_finite,
     ) -> tuple[UpdateStats, list[Tensor] | None]:
         """Run one optimizer step; also return the log-probabilities before the step, as `log_probs` does.
 
+        `allows` gets the statistics before the step, which is not made if it returns False.
+
         Raises:
-            RuntimeError: loss or gradient is not finite (names rank and microbatch); the weights are unchanged.
+            RuntimeError: by default, if loss or gradient is not finite (names rank and microbatch); the weights are
+                unchanged.
         """
-        stats, outputs = self.backward(microbatches, loss)
-        return self._step(stats, learning_rate), outputs
+        stats, outputs = self._with_balance(microbatches, loss)
+        return self._step_if_allowed(stats, rate, allows), outputs
 
     def backward(self, microbatches: Sequence[Microbatch], loss: TokenLoss) -> tuple[UpdateStats, list[Tensor] | None]:
         """Compute the gradient and statistics of an update without the optimizer step. The learning rate in them is 0.
@@ -103,6 +110,14 @@ class MegatronPolicy(MegatronLearner):
         Raises:
             RuntimeError: as `update`.
         """
+        stats, outputs = self._with_balance(microbatches, loss)
+        require_finite(stats)
+        return stats, outputs
+
+    def _with_balance(
+        self, microbatches: Sequence[Microbatch], loss: TokenLoss
+    ) -> tuple[UpdateStats, list[Tensor] | None]:
+        """Compute the gradient, with the balance loss of the routers if there is one."""
 
         def token_losses(hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
             values, entropy = self._head(hidden, microbatch)

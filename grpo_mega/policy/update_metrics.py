@@ -1,4 +1,7 @@
-"""Metrics of an update, reduced over ranks together with the check for non-finite losses."""
+"""Metrics of an update, reduced over ranks together with the check for non-finite losses.
+
+Asserted by tests/parallel/test_update.py.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,13 @@ class UpdateReport:
         self._rows: list[dict[str, Tensor]] = []
         self._maxima: list[dict[str, Tensor]] = []
         self._entropy_bins = torch.zeros(_BINS, dtype=torch.float64, device=ranks.device)
-        self._first_non_finite = -1
+        self.non_finite_rows: list[int] = []
+        """Microbatches of this rank whose loss is not finite."""
 
     def add(self, microbatch: Microbatch, total: Tensor, token_loss: Tensor, metrics: dict[str, Tensor]) -> None:
         """Add one microbatch; `metrics` are [T], detached."""
-        if self._first_non_finite < 0 and not bool(torch.isfinite(total)):
-            self._first_non_finite = len(self._rows)
+        if not bool(torch.isfinite(total)):
+            self.non_finite_rows.append(len(self._rows))
         weights, mask = microbatch.token_weights, microbatch.loss_mask
         row = {name: (values * weights).sum() for name, values in metrics.items()}
         row[_WEIGHT] = weights.sum()
@@ -48,11 +52,10 @@ class UpdateReport:
 
     def reduce(
         self, dp_group: dist.ProcessGroup, pp_group: dist.ProcessGroup
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Return (sums, maxima) over all ranks, the same on every rank.
+    ) -> tuple[dict[str, float], dict[str, float], str | None]:
+        """Return (sums, maxima, fault) over all ranks, the same on every rank.
 
-        Raises:
-            RuntimeError: on every rank, if a loss on any rank is not finite.
+        The fault names a microbatch whose loss is not finite, on any rank; None: every loss is finite.
         """
         names: list[list[str]] = [sorted(self._rows[0]), sorted(self._maxima[0])] if self._rows else [[], []]
         if pp_group.size() > 1:
@@ -65,8 +68,8 @@ class UpdateReport:
             sums += torch.stack([row[n].double() for n in names[0]])
             if names[1]:
                 tops[1:] = torch.maximum(tops[1:], torch.stack([top[n].double() for n in names[1]]))
-        if self._first_non_finite >= 0:
-            tops[0] = 1 + self._first_non_finite + (1 << 20) * self._ranks.rank
+        if self.non_finite_rows:
+            tops[0] = 1 + self.non_finite_rows[0] + (1 << 20) * self._ranks.rank
         if self._ranks.is_last_stage:
             dist.all_reduce(sums, group=dp_group)
             dist.all_reduce(bins, group=dp_group)
@@ -76,17 +79,16 @@ class UpdateReport:
             dist.broadcast(sums, src=last, group=pp_group)
             dist.broadcast(bins, src=last, group=pp_group)
             dist.broadcast(tops, src=last, group=pp_group)
+        fault = None
         if tops[0] != _FINITE:
             rank, microbatch = divmod(int(tops[0]) - 1, 1 << 20)
-            raise RuntimeError(
-                f"the {self._owner}loss of microbatch {microbatch} on rank {rank} is not finite; no update was made"
-            )
+            fault = f"the {self._owner}loss of microbatch {microbatch} on rank {rank} is not finite"
         found = dict(zip(names[0], sums.tolist(), strict=True))
         weight = found.pop(_WEIGHT)
         means = {n: v if n in _SUMMED else (v / weight if weight else 0.0) for n, v in found.items()}
         if "entropy" in means:
             means["entropy_p10"] = quantile_of_bins(bins, 0.1)
-        return means, dict(zip(names[1], tops[1:].tolist(), strict=True))
+        return means, dict(zip(names[1], tops[1:].tolist(), strict=True)), fault
 
 
 def weight_bins(values: Tensor, weights: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.formats.random_tensors import RandomTensors
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.torch_dist_as_hf import DistAsHf
 from grpo_mega.interfaces import HeldSlice
@@ -110,18 +109,15 @@ class MegatronWeights:
         return other
 
     def load_start(self, config: Config, folder: Path) -> None:
-        """Load the weights with which a run starts: those of `model.checkpoint`, random ones, or those of `folder`.
+        """Load the weights with which a run starts: those of `model.checkpoint`, else those of `folder`.
 
         Args:
-            config: section model, and the seed of random weights.
+            config: section model.
             folder: Hugging Face folder of the model.
 
         Raises:
             UserError: as `load_from_hf`; or the checkpoint is damaged.
         """
-        if config.model.init == "random":
-            self._fill(RandomTensors(self._spec, config.run.seed))
-            return
         if config.model.checkpoint is None:
             self.load_from_hf(folder)
             return
@@ -137,7 +133,7 @@ class MegatronWeights:
         checkpoint.close()
         return checkpoint.bytes_read
 
-    def _fill(self, files: HfFiles | DistAsHf | RandomTensors) -> None:
+    def _fill(self, files: HfFiles | DistAsHf) -> None:
         """Read the slices of every parameter."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():

@@ -37,8 +37,11 @@ class GroupSource:
     prompts: PromptDataset
     config: Config
 
-    def sample(self, step: int) -> SampledGroups:
+    def sample(self, step: int, prompts_step: int | None = None, attempt: int = 0) -> SampledGroups:
         """Return G scored rollouts of each prompt of the step. Collective.
+
+        After a rollback, `prompts_step` is the step whose prompts are used, and `attempt` counts the returns to a
+        checkpoint before this step: another attempt has other seeds.
 
         With `algorithm.degenerate=refill`, a group whose rewards are all equal is replaced by a group of another
         prompt. This ends when no group is degenerate, after `algorithm.refill_rounds` rounds, or when there are no more
@@ -59,20 +62,19 @@ class GroupSource:
             seed=0,
             expert_choices=self.config.algorithm.routing_replay,
         )
-        chosen = self.prompts.batch(step - 1, self.config.data.prompts_per_step, seed)
-        groups = self._require_routing_records(self.sampler.sample(chosen, request, ("train", seed, step)))
+        seed_of = sampling_seed(seed, step, attempt)
+        chosen = self.prompts.batch((prompts_step or step) - 1, self.config.data.prompts_per_step, seed)
+        groups = self._require_routing_records(self.sampler.sample(chosen, request, seed_of))
         rounds = self.config.algorithm.refill_rounds
         if rounds is None:  # config/algorithm_rules.py: set exactly under degenerate=refill
             return groups
-        others = self._others(chosen, step)
+        others = self._others(chosen, (seed, step) if attempt == 0 else (seed, step, "attempt", attempt))
         for refill in range(rounds):
             places = np.flatnonzero(groups.degenerate).tolist()
             spare = list(islice(others, len(places)))
             if not spare:
                 break
-            sampled = self._require_routing_records(
-                self.sampler.sample(spare, request, ("train", seed, step, "refill", refill))
-            )
+            sampled = self._require_routing_records(self.sampler.sample(spare, request, (*seed_of, "refill", refill)))
             groups = groups.replace_groups(places, sampled)
         return groups
 
@@ -87,8 +89,13 @@ class GroupSource:
             )
         return groups
 
-    def _others(self, chosen: Sequence[Prompt], step: int) -> Iterator[Prompt]:
+    def _others(self, chosen: Sequence[Prompt], seed_of: Sequence[object]) -> Iterator[Prompt]:
         """Return all other prompts, shuffled for this step."""
         taken = {prompt.index for prompt in chosen}
-        shuffled = self.prompts.shuffled(derived_seed("refill", self.config.run.seed, step))
+        shuffled = self.prompts.shuffled(derived_seed("refill", *seed_of))
         return (prompt for prompt in shuffled if prompt.index not in taken)
+
+
+def sampling_seed(seed: int, step: int, attempt: int) -> tuple[object, ...]:
+    """Return the values from which the seeds of a step's rollouts are derived; `seed` is run.seed."""
+    return ("train", seed, step) if attempt == 0 else ("train", seed, step, "attempt", attempt)

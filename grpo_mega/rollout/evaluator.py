@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_mega.config.rollout_sections import EvaluationConfig
+from grpo_mega.data.dataset import DataSet
 from grpo_mega.data.rollout_table import RolloutTable, SumOverRanks
-from grpo_mega.data.row_sets import RowSet
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.rollout.pass_at_k import final_answer, majority_at_k, pass_at_k
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.rollout.sampler import Sampler
-from grpo_mega.types import Prompt, SamplingOptions, SamplingRequest
+from grpo_mega.types import SamplingOptions, SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Evaluator:
     """
 
     sampler: Sampler
-    sets: Sequence[RowSet[Prompt]]
+    sets: Sequence[DataSet]
     config: EvaluationConfig
     max_tokens: int
     seed: int
@@ -43,7 +43,7 @@ class Evaluator:
         Accuracy is pass@1, the mean over k samples of each prompt. A greedy answer per prompt is scored separately. All
         sets are sampled together. Seeds do not depend on the step, so equal weights give equal samples.
         """
-        parts = [(part.name, part.rows[: self.config.max_prompts]) for part in self.sets]
+        parts = [(part.name, part.prompts[: self.config.max_prompts]) for part in self.sets]
         prompts = [prompt for _, chosen in parts for prompt in chosen]
         k, seed_of = self.config.k, ("evaluation", self.seed)
         options = sampling_options(self.config)

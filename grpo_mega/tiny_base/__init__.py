@@ -1,8 +1,8 @@
-"""Tiny base models: supervised fine-tuning of random weights on worked examples, before a run.
+"""Tiny base models, pre-trained on worked examples before a run.
 
-Start reading at `base_folder.py`.
+Plain torch and transformers without distributed code. Start reading at `train.py`.
 """
 
-from grpo_mega.tiny_base.base_folder import ensure_base
+from grpo_mega.tiny_base.train import ensure_base
 
 __all__ = ["ensure_base"]

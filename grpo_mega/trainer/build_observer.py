@@ -10,13 +10,16 @@ import torch
 
 from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.observe.background_writer import BackgroundWriter
+from grpo_mega.observe.memory import PhasePeaks
+from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.rank_reports import OwnSeconds, RankReporter, WorkSeconds
 from grpo_mega.observe.run_folder import RunState
+from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.planner.hardware import device_peak_flops
 from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes
-from grpo_mega.trainer.build_policy import Instruments
 from grpo_mega.trainer.reporter import Observer, RankObserver, RunReporter, TrainingData
 from grpo_mega.trainer.rollout_parts import RolloutParts, writes_rollouts
 from grpo_mega.trainer.step_metrics import IsRight
@@ -25,14 +28,18 @@ from grpo_mega.trainer.work_metrics import WorkMetrics
 
 @dataclass(frozen=True)
 class Shown:
-    """Sources of the report of a run, besides its steps."""
+    """Sources of the report of a run, besides its steps; `progress` is None on all ranks but rank 0."""
 
     config: Config
     run: RunState
-    instruments: Instruments
+    timers: PhaseTimer
+    peaks: PhasePeaks
+    progress: Progress | None
     data: TrainingData
     is_right: IsRight
     spec: ModelSpec
+    writer: BackgroundWriter
+    """Writes metrics and rollouts of this rank."""
     model_folder: Path | None = None
     """Folder of the tokenizer with which TensorBoard shows tokens."""
 
@@ -48,18 +55,17 @@ def make_observer(shown: Shown, ranks: Ranks, stack: ExitStack, own_seconds: Own
     """
     num_gpus = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
     reporter = RankReporter(
-        ranks.rank, ranks.topology.world_size, shown.instruments.timers, num_gpus=num_gpus, own_seconds=own_seconds
+        ranks.rank, ranks.topology.world_size, shown.timers, num_gpus=num_gpus, own_seconds=own_seconds
     )
     stack.callback(reporter.close)
-    instruments, parts = shown.instruments, None
+    parts = None
     if writes_rollouts(ranks) and not shown.config.is_sft:
-        parts = RolloutParts(shown.config, shown.run.folder, ranks, instruments.writer)
-    if instruments.progress is None:
+        parts = RolloutParts(shown.config, shown.run.folder, ranks, shown.writer)
+    if shown.progress is None:
         return RankObserver(reporter, parts)
     report = RunReporter(
-        shown.config, ranks.topology, shown.run, instruments.timers, instruments.peaks, instruments.progress,
-        shown.data, shown.is_right, reporter, _work_metrics(shown, ranks), instruments.writer, parts,
-        shown.model_folder,
+        shown.config, ranks.topology, shown.run, shown.timers, shown.peaks, shown.progress, shown.data, shown.is_right,
+        reporter, _work_metrics(shown, ranks), shown.writer, parts, shown.model_folder,
     )  # fmt: skip
     stack.callback(report.close)
     return report

@@ -77,8 +77,8 @@ def explain_examples(config: Config, topology: Topology, examples: ExampleDatase
     sizes = " or ".join(
         str(n) for n in sorted({len(s) for s in split_minibatches(per_step, train.minibatches_per_epoch)})
     )
-    trained = sum(e.num_loss_tokens for e in examples.rows)
-    tokens = sum(len(e.token_ids) for e in examples.rows)
+    trained = sum(e.num_loss_tokens for part in examples.sets for e in part.examples)
+    tokens = sum(len(e.token_ids) for part in examples.sets for e in part.examples)
     return "\n".join(
         (
             f"supervised fine-tuning on {len(examples)} examples with {tokens} tokens, {trained} of them trained; "

@@ -28,6 +28,7 @@ from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.rollout.sampler import derived_seed
 from grpo_mega.trainer.batch import TrainBatch, build_batch, kl_penalties, shuffled_rewards
+from grpo_mega.trainer.guarded_step import check_rollouts, finish_guarded_step
 from grpo_mega.trainer.learning_rate import LearningRateSchedule
 from grpo_mega.trainer.mismatch import Differences
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
@@ -35,8 +36,9 @@ from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
+from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.trainer.save_points import SavePoints
-from grpo_mega.trainer.step_metrics import StepResult
+from grpo_mega.trainer.step_metrics import IsRight, StepResult
 from grpo_mega.trainer.token_metrics import token_metrics
 from grpo_mega.types import TokenValues, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport, WeightSync
@@ -62,6 +64,8 @@ class TrainerState:
     evaluator: Evaluator | None
     timers: PhaseTimer
     observer: Observer
+    guard: RunGuard
+    is_right: IsRight
     mismatch_guard: MismatchGuard
     transfer: RolloutTransfer
     cost: RolloutCost = field(default_factory=RolloutCost)
@@ -73,14 +77,19 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
     Raises:
         Stopped: on every rank, with a complete checkpoint, if one rank has received a stop request.
         EngineMismatchError: on every rank, before the checkpoint of a step whose engine differs from the policy.
+        GuardStopError, RollbackRequest: on every rank, before the checkpoint of a step in which a rule of `guard.rules`
+            with this action held.
     """
     config, timers = job.config, job.timers
     job.saves.start(state)
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
+        job.guard.start_step(step)
         with job.phases.sampling(), timers.phase("rollout"):
-            groups = job.groups.sample(step)
+            rollbacks = job.guard.rollbacks
+            groups = job.groups.sample(step, rollbacks.prompts_step_of(step), rollbacks.attempt_of(step))
         job.saves.stop_before_updates(job.policy, state)
+        check_rollouts(job.guard, groups, job.is_right)
         objective = job.objective.at(state.kl_coef)
         with job.phases.training():
             batch = make_batch(job, objective, groups, step)
@@ -92,7 +101,10 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
                 update_reference_if_due(job, step)
             old_log_probs = sampled_old_log_probs(job, batch, groups.table)
         differences, gather = Differences.of(groups.tokens, old_log_probs), job.transfer.collectives.gather
-        job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
+        if not job.guard.skipped_non_finite:  # the log-probs of the policy may not be finite
+            job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
+        of_tokens = token_metrics(differences, groups, batch, job.transfer)
+        guarded = finish_guarded_step(job.guard, groups, updates, of_tokens, job.transfer.collectives.sum)
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
         job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
         synced = push_weights(job, state)
@@ -108,10 +120,11 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
             updates,
             synced,
             kl_coef,
-            token_metrics(differences, groups, batch, job.transfer),
+            of_tokens,
             critic_updates,
             state_bytes(job),
             waited,
+            guarded,
         )
         job.observer.step(result)
         job.saves.end_step(step)
@@ -176,10 +189,11 @@ def update_critic(
         policy_version: number of updates before this step, which selects the learning rate.
 
     Returns:
-        The batch with advantages, values and returns, and the statistics of the critic's updates (empty without one).
+        The batch with advantages, values and returns, and the statistics of the critic's updates that were made (empty
+        without a critic).
 
     Raises:
-        RuntimeError: the critic's loss or gradient is not finite.
+        GuardStopError, RollbackRequest: the critic's loss or gradient is not finite, and the rule has this action.
     """
     own = OwnTokens(batch.positions, gather=job.transfer.collectives.gather_losses)
     totals = None
@@ -200,8 +214,9 @@ def update_critic(
         for _ in range(job.config.train.epochs_per_rollout):
             for minibatch in batch.minibatches:
                 rate = objective.critic_rate(schedule.rate(policy_version + len(stats)))
-                stats.append(job.critic.update(minibatch, loss, rate))
-    return batch, stats
+                allows = job.guard.allows([m.rollout_ids for m in minibatch], of_critic=True)
+                stats.append(job.critic.update(minibatch, loss, rate, allows))
+    return batch, [each for each in stats if each.is_made]
 
 
 def state_bytes(job: TrainerState) -> dict[str, int]:
@@ -226,6 +241,11 @@ class UpdatingJob(Protocol):
     @property
     def policy(self) -> Policy:
         """Policy of this rank."""
+        ...
+
+    @property
+    def guard(self) -> RunGuard:
+        """Rules on each update."""
         ...
 
 
@@ -266,22 +286,24 @@ def update(
 
     Returns:
         The batch with the `old_log_probs` of its first minibatch ([T] in nats), from the forward pass of the first
-        update, and the statistics of each update.
+        update, and the statistics of each update that was made.
 
     Raises:
-        RuntimeError: the loss or the gradient is not finite.
+        GuardStopError, RollbackRequest: a rule of `guard.rules` with this action holds for an update.
     """
-    stats: list[UpdateStats] = []
+    stats, num_made = list[UpdateStats](), 0
     schedule = LearningRateSchedule.of(job.config.optimizer, job.config.train)
     for _ in range(job.config.train.epochs_per_rollout):
         for i in range(len(batch.minibatches)):
-            rate = schedule.rate(policy_version + len(stats))
-            stat, log_probs = job.policy.update(batch.minibatches[i], loss, rate)
+            rate = schedule.rate(policy_version + num_made)
+            allows = job.guard.allows([m.rollout_ids for m in batch.minibatches[i]])
+            stat, log_probs = job.policy.update(batch.minibatches[i], loss, rate, allows)
             if not stats and log_probs is not None and batch.microbatches[0].old_log_probs is None:
                 later = len(batch.microbatches) - len(log_probs)
                 batch = batch.with_log_probs(old=[*log_probs, *[None] * later], ref=None)
             stats.append(stat)
-    return batch, stats
+            num_made += stat.is_made
+    return batch, [each for each in stats if each.is_made]
 
 
 def update_reference_if_due(job: TrainerState, step: int) -> None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from grpo_mega.config.schema import Config
 from grpo_mega.data.rollout_table import RolloutTable
 from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.run_guard import GuardStopError
 
 AUTO = {"fp32": 1e-2, "bf16": 0.5}
 """Bound by `precision.dtype`, in nats."""
@@ -39,8 +40,11 @@ FAR = 4.0
 """A single token that exceeds the bound by this factor stops the run."""
 
 
-class EngineMismatchError(RuntimeError):
+class EngineMismatchError(GuardStopError):
     """Policy and engine do not give the same tokens the same log-probs. Raised on every rank, before a checkpoint."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "guard.max_mismatch=null")
 
 
 @dataclass(frozen=True)

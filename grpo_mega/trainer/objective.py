@@ -71,10 +71,15 @@ class Objective:
         return replace(self, algorithm=self.algorithm.model_copy(update={"kl_coef": kl_coef}))
 
     def next_kl_coef(self, updates: Sequence[UpdateStats]) -> float | None:
-        """Return the KL coefficient of the next step, from this step's updates; None: it is constant."""
+        """Return the KL coefficient of the next step, from this step's updates; None: it is constant.
+
+        Without an update it does not change.
+        """
         target = self.algorithm.kl_target
         if target is None:
             return None
+        if not updates:
+            return self.algorithm.kl_coef
         kl = sum(u.sums["kl"] for u in updates) / len(updates)
         return adapted_kl_coef(self.algorithm.kl_coef, kl=kl, target=target)
 

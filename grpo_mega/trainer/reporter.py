@@ -31,6 +31,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observe.verdict import verdict
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.trainer.quarantine import quarantine_reason, write_reason
 from grpo_mega.trainer.rollout_parts import RolloutParts
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.trainer.step_metrics import IsRight, StepResult
@@ -59,6 +60,10 @@ class Observer(Protocol):
 
     def example_step(self, result: ExampleStepResult) -> None:
         """Handle a completed step of supervised fine-tuning."""
+        ...
+
+    def rolled_back(self, step: int) -> None:
+        """Handle a return to the checkpoint after `step`; the files of later steps are moved already."""
         ...
 
     def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
@@ -101,6 +106,9 @@ class RankObserver:
     def example_step(self, result: ExampleStepResult) -> None:
         """Send the measurements of the step. Collective."""
         self._ranks.gather()
+
+    def rolled_back(self, step: int) -> None:
+        """Ignore the event."""
 
     def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
         """Ignore the event."""
@@ -160,10 +168,9 @@ class RunReporter:
         self._held_out: dict[str, float] = {}
         self._ranks, self._work = ranks, work
         self._writer, self._parts = writer, parts
-        self._alarms = Alarms() if config.observe.alarms else Alarms(rules=())
-        for step, line in read_lines(run.folder.metrics):
-            self._alarms.step(step, line)  # of earlier commands
-        self._metrics = self._open_metrics(config, model_folder)
+        self._config, self._model_folder = config, model_folder
+        self._alarms = self._read_alarms()
+        self._metrics = self._open_metrics(run.step + 1)
         self._show_held_out()
         command = config.observe.alarm_command
         self._alarm_command = None if command is None else AlarmCommand(command)
@@ -199,15 +206,28 @@ class RunReporter:
         lengths = result.groups.table.num_tokens
         trained = lengths[result.batch.is_trained].tolist()
         work = self._work.of_step(trained, [len(rows) for rows in result.batch.minibatches], times)
-        self._write_line(result.step, int(lengths.sum()), {**metrics, **sampled, **work}, times, reports)
+        if result.guard.quarantined is not None:
+            folder = self._run.folder.quarantine_of(result.step)
+            reason = quarantine_reason(result, self._config.run.seed, self.summary.policy_digest)
+            self._writer.submit(lambda: write_reason(folder, reason))
+        data = self._data.metrics(result.guard.prompts_step or result.step, self._prompts_per_step)
+        self._write_line(result.step, int(lengths.sum()), {**metrics, **sampled, **work, **data}, times, reports)
         self._write(steps=result.step, policy_digest=result.sync.policy_digest)
 
     def example_step(self, result: ExampleStepResult) -> None:
         """Write the metrics line. The digest of the policy is computed at the ends of the run only."""
         times, reports = self._timers.step_metrics(), self._ranks.gather()
         work = self._work.of_step([len(example.token_ids) for example in result.examples], (), times)
-        self._write_line(result.step, result.num_tokens, {**result.metrics(), **work}, times, reports)
+        data = self._data.metrics(result.guard.prompts_step or result.step, self._prompts_per_step)
+        self._write_line(result.step, result.num_tokens, {**result.metrics(), **work, **data}, times, reports)
         self._write(steps=result.step, policy_digest=None)
+
+    def rolled_back(self, step: int) -> None:
+        """Continue metrics, curves and alarms after `step`."""
+        self._metrics.close()
+        self._alarms, self._held_out = self._read_alarms(), {}
+        self._metrics = self._open_metrics(step + 1)
+        self._write(steps=step)
 
     def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
         """Write the last evaluation and the final summary, and log the summary."""
@@ -248,9 +268,16 @@ class RunReporter:
         if found:
             self._progress.held_out(*max(found))
 
-    def _open_metrics(self, config: Config, model_folder: Path | None) -> MetricsWriter:
-        """Open the files of the metrics for the steps after `run.step`."""
-        folder, first_step = self._run.folder, self._run.step + 1
+    def _read_alarms(self) -> Alarms:
+        """Return the alarms of the steps in metrics.jsonl."""
+        alarms = Alarms() if self._config.observe.alarms else Alarms(rules=())
+        for step, line in read_lines(self._run.folder.metrics):
+            alarms.step(step, line)
+        return alarms
+
+    def _open_metrics(self, first_step: int) -> MetricsWriter:
+        """Open the files of the metrics for the steps from `first_step` on."""
+        folder, config, model_folder = self._run.folder, self._config, self._model_folder
         tensorboard = token_texts = None
         if config.observe.tensorboard:
             token_texts = None if model_folder is None else TokenTextCache(load_tokenizer(model_folder))
@@ -287,7 +314,6 @@ class RunReporter:
         """Write the metrics line and the phases of the ranks, and show the line."""
         line = {
             **metrics,
-            **self._data.metrics(step, self._prompts_per_step),
             **times,
             "throughput/tokens_per_second": num_tokens / times["time/step_seconds"],
             **report_metrics(reports),

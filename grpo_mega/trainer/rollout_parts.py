@@ -44,13 +44,18 @@ class RolloutParts:
         self._part, self._num_parts = ranks.at.share, ranks.topology.num_shares
 
     def write(self, result: StepResult) -> RolloutColumns:
-        """Queue the part of the step; return the columns of all rollouts that this shard sampled.
+        """Queue the part of the step, and that of its quarantine; return the columns of what this shard sampled.
 
         Raises:
             RolloutFileError: a part of an earlier step could not be written.
             ValueError: the log-probs of a rollout do not have one entry per token.
         """
         columns = share_columns(result.step, result.groups, result.mean_advantages, result.old_log_probs)
+        part, num_parts = self._part, self._num_parts
+        if result.guard.quarantined is not None:
+            quarantine = self._folder.quarantine_of(result.step)
+            aside = columns.take(np.flatnonzero(result.guard.quarantined[columns.group]))
+            self._writer.submit(lambda: write_part(quarantine, part, num_parts, aside))
         if self._mode == "none":
             return columns
         written = columns
@@ -59,7 +64,6 @@ class RolloutParts:
             chosen = sampled_groups(num_groups, self._mode.sample, seed=self._seed, step=result.step)
             written = columns.take(np.flatnonzero(chosen[columns.group]))
         folder: Path = self._folder.rollouts_of(result.step)
-        part, num_parts = self._part, self._num_parts
         self._writer.submit(lambda: write_part(folder, part, num_parts, written))
         return columns
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from contextlib import AbstractContextManager, ExitStack
@@ -27,13 +26,10 @@ from grpo_mega.observe.summary import render
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
 from grpo_mega.parallel.stop_signal import Stopped, StopRequests
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.tiny_base.base_folder import model_folder_of
-from grpo_mega.trainer.build import building
-from grpo_mega.trainer.build_sft import building_sft
-from grpo_mega.trainer.built_run import BuiltRun
+from grpo_mega.tiny_base.train import model_folder_of
+from grpo_mega.trainer.build import BuiltJob, building, log
+from grpo_mega.trainer.build_sft import BuiltSft, building_sft
 from grpo_mega.trainer.equal_inputs import require_equal_inputs
-
-log = logging.getLogger(__name__)
 
 
 def run_job(
@@ -110,7 +106,7 @@ def _building(
     data: PromptDataset | ExampleDataset,
     held_out: PromptDataset | None,
     stops: StopRequests,
-) -> AbstractContextManager[BuiltRun]:
+) -> AbstractContextManager[BuiltJob | BuiltSft]:
     """Return the objects of the job of `train.objective`, which decides the type of the data."""
     if isinstance(data, ExampleDataset):
         return building_sft(config, ranks, run, folder, data, held_out, stops)

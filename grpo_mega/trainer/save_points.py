@@ -54,6 +54,22 @@ class SavePoints:
         self._saved_step = state.step
         self._stops.training_starts()
 
+    def save_now(self, policy: Policy, state: LoopState) -> None:
+        """Save `state`, and wait until the checkpoint is visible."""
+        with self._timers.phase("checkpoint"):
+            self._checkpoints.stage_if_due(policy, state, is_due=True)
+            self._checkpoints.publish(wait=True)
+
+    def complete_writes(self) -> None:
+        """Wait until a save in flight is visible, and rollouts and metrics of all ranks are on disk.
+
+        Raises:
+            RuntimeError: on every rank, if something cannot be written.
+        """
+        self._require_written()
+        with self._timers.phase("checkpoint"):
+            self._checkpoints.publish(wait=True)
+
     def stop_before_updates(self, policy: Policy, state: LoopState) -> None:
         """If a stop is requested, save `state`, that of the last complete step, unless it is on disk.
 

@@ -25,6 +25,7 @@ from grpo_mega.trainer.example_batch import build_example_batch
 from grpo_mega.trainer.loop import push_weights, update
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
+from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.weight_sync.sync import WeightSync
@@ -63,6 +64,7 @@ class SftState:
     saves: SavePoints
     timers: PhaseTimer
     observer: Observer
+    guard: RunGuard
     engine_side: EngineSide | None
     loss: LikelihoodLoss = field(default_factory=LikelihoodLoss)
 
@@ -76,14 +78,17 @@ def train_on_examples(job: SftState, state: LoopState) -> LoopState:
 
     Raises:
         Stopped: on every rank, with a complete checkpoint, if one rank has received a stop request.
-        RuntimeError: the loss or the gradient is not finite, or a checkpoint cannot be written.
+        GuardStopError, RollbackRequest: a rule of `guard.rules` with this action holds for an update.
+        RuntimeError: a checkpoint cannot be written.
     """
     config, timers = job.config, job.timers
     shape = RowShape.of(config.parallel, config.precision)
     job.saves.start(state)
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
-        examples = job.examples.batch(step - 1, config.data.prompts_per_step, config.run.seed)
+        job.guard.start_step(step)
+        prompts_step = job.guard.rollbacks.prompts_step_of(step)
+        examples = job.examples.batch(prompts_step - 1, config.data.prompts_per_step, config.run.seed)
         batch = build_example_batch(
             examples, config.train, dp=job.ranks.topology.dp, dp_rank=job.ranks.at.dp_rank, shape=shape
         )
@@ -93,7 +98,9 @@ def train_on_examples(job: SftState, state: LoopState) -> LoopState:
         job.saves.after_updates(job.policy, state)
         evaluate_if_due(job, state)
         waited = job.saves.wait_seconds
-        job.observer.example_step(ExampleStepResult(step, examples, updates, job.state_bytes(), waited))
+        result = ExampleStepResult(step, examples, updates, job.state_bytes(), waited, job.guard.report())
+        job.guard.end_step(result.metrics())
+        job.observer.example_step(result)
         job.saves.end_step(step)
     return state
 

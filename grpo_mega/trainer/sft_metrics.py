@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from grpo_mega.data.example_dataset import Example
+from grpo_mega.trainer.run_guard import GuardReport
 from grpo_mega.trainer.step_metrics import update_metrics
 from grpo_mega.types import UpdateStats
 
@@ -22,6 +23,7 @@ class ExampleStepResult:
     updates: Sequence[UpdateStats]
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     checkpoint_wait_seconds: float = 0.0
+    guard: GuardReport = field(default_factory=GuardReport)
 
     @property
     def num_tokens(self) -> int:
@@ -33,6 +35,7 @@ class ExampleStepResult:
         found = update_metrics(self.updates)
         return {
             **found,
+            **self.guard.metrics,
             "train/perplexity": math.exp(min(found["train/loss"], _MAX_LOSS)),
             "train/num_tokens": float(self.num_tokens),
             "train/num_loss_tokens": float(sum(example.num_loss_tokens for example in self.examples)),

@@ -18,6 +18,7 @@ from grpo_mega.data.rollout_table import RolloutTable
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
 from grpo_mega.trainer.group_metrics import advantage_metrics, percentiles, rollout_metrics
+from grpo_mega.trainer.run_guard import GuardReport
 from grpo_mega.types import TokenValues, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
 
@@ -42,6 +43,7 @@ class StepResult:
         critic_updates: empty without a critic.
         state_bytes: of this rank.
         checkpoint_wait_seconds: time that the step waited for an earlier save.
+        guard: what the rules of `guard.rules` did.
     """
 
     step: int
@@ -56,6 +58,7 @@ class StepResult:
     critic_updates: list[UpdateStats] = field(default_factory=list)
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     checkpoint_wait_seconds: float = 0.0
+    guard: GuardReport = field(default_factory=GuardReport)
 
     @property
     def table(self) -> RolloutTable:
@@ -72,7 +75,7 @@ class StepResult:
         """
         right = is_right(self.table)
         return {
-            **self._rewards(right),
+            **reward_metrics(self.groups, right),
             **rollout_metrics(
                 self.table.reward, right, self.table.completion_tokens.astype(float), self.table.group_size
             ),
@@ -81,6 +84,7 @@ class StepResult:
             **_lengths(self.table, num_replicas),
             **update_metrics(self.updates),
             **self.token_metrics,
+            **self.guard.metrics,
             "train/kl_coef": self.kl_coef,
             **_critic(self.critic_updates),
             **{f"memory/{name}_bytes": float(size) for name, size in self.state_bytes.items()},
@@ -95,26 +99,32 @@ class StepResult:
             "sync/gb_per_second": self.sync.written_bytes / 1e9 / self.sync.seconds,
         }
 
-    def _rewards(self, right: NDArray[np.bool_]) -> dict[str, float]:
-        """Return the metrics of rewards and groups. Means are over rollouts with a reward; NaN if there is none."""
-        table, scored = self.table, self.table.is_scored
-        values = table.reward[scored].tolist()
-        components = {
-            f"reward/component/{name}": _mean(column[~np.isnan(column)])
-            for name, column in zip(table.component_names, table.components.T, strict=True)
-            if not np.isnan(column).all()
-        }
-        num_degenerate = int(self.groups.degenerate.sum()) + self.groups.num_discarded
-        return {
-            "reward/mean": _mean(values),
-            "reward/std": statistics.pstdev(values) if values else math.nan,
-            "reward/accuracy": _mean(right[scored]),
-            "reward/failed_fraction": _mean(table.has_failed),
-            "reward/dropped_fraction": _mean(~scored),
-            "group/degenerate_fraction": num_degenerate / (table.num_groups + self.groups.num_discarded),
-            "group/discarded": float(self.groups.num_discarded),
-            **components,
-        }
+
+def reward_metrics(groups: SampledGroups, right: NDArray[np.bool_]) -> dict[str, float]:
+    """Return the metrics of rewards and groups. Means are over rollouts with a reward; NaN if there is none.
+
+    Args:
+        groups: rollouts of the step; only their table is read.
+        right: [R] True for a right answer.
+    """
+    table, scored = groups.table, groups.table.is_scored
+    values = table.reward[scored].tolist()
+    components = {
+        f"reward/component/{name}": _mean(column[~np.isnan(column)])
+        for name, column in zip(table.component_names, table.components.T, strict=True)
+        if not np.isnan(column).all()
+    }
+    num_degenerate = int(groups.degenerate.sum()) + groups.num_discarded
+    return {
+        "reward/mean": _mean(values),
+        "reward/std": statistics.pstdev(values) if values else math.nan,
+        "reward/accuracy": _mean(right[scored]),
+        "reward/failed_fraction": _mean(table.has_failed),
+        "reward/dropped_fraction": _mean(~scored),
+        "group/degenerate_fraction": num_degenerate / (table.num_groups + groups.num_discarded),
+        "group/discarded": float(groups.num_discarded),
+        **components,
+    }
 
 
 def _sets(table: RolloutTable, sets: Sequence[str], right: NDArray[np.bool_]) -> dict[str, float]:
@@ -163,8 +173,12 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
     """Return the metrics of a step's updates: means, and for maxima the largest of all updates.
 
     Args:
-        updates: at least one, with `loss` and `entropy`; other quantities are reported if they are there.
+        updates: with `loss` and `entropy`; other quantities are reported if they are there. Without an update, because
+            a rule of `guard.rules` skipped it, there is nothing to report (NaN).
     """
+    if not updates:
+        names = ("train/loss", "train/entropy", "train/grad_norm", "train/learning_rate")
+        return {**dict.fromkeys(names, math.nan), "train/updates": 0.0}
     mean = {name: statistics.fmean(u.sums[name] for u in updates) for name in updates[0].sums}
     found = {
         "train/loss": mean["loss"],

@@ -22,7 +22,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.data.arithmetic import answer, pairs, question
 from grpo_mega.models.digest import combined_digest, slice_digest
 from grpo_mega.planner.hardware import gpu_named
-from grpo_mega.tiny_base.base_folder import ensure_base
+from grpo_mega.tiny_base.train import ensure_base
 from grpo_mega.types import TensorSlice
 from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
 from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, run_job

@@ -17,9 +17,8 @@ from grpo_mega.config.load import resolved
 from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.policy_sections import PrecisionConfig
 from grpo_mega.config.schema import CheckpointConfig, Config, ObserveConfig, RunConfig, TrainConfig
-from grpo_mega.data.example_dataset import Example, ExampleDataset
+from grpo_mega.data.example_dataset import Example, ExampleDataset, ExampleSet
 from grpo_mega.data.row_plan import RowShape
-from grpo_mega.data.row_sets import RowSet
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.observe.run_folder import open_run
 from grpo_mega.parallel.ranks import agreed
@@ -102,7 +101,7 @@ def run_sft(rank: int, config: Config, layout: Layout, examples: list[Example]) 
         lambda: open_run(Path(str(config.run.dir)), resolved(config), overwrite=False, train_steps=config.train.steps),
         ranks,
     )
-    data = ExampleDataset((RowSet("examples", tuple(examples)),))
+    data = ExampleDataset((ExampleSet("examples", tuple(examples)),))
     no_stops: Any = SimpleNamespace(wanted=lambda: 0, training_starts=lambda: None)
     with building_sft(config, ranks, run, folder, data, None, no_stops) as built:
         built.run()

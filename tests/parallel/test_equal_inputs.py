@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_mega.data.dataset import PromptDataset
-from grpo_mega.data.row_sets import RowSet
+from grpo_mega.data.dataset import DataSet, PromptDataset
 from grpo_mega.trainer.equal_inputs import require_equal_inputs
 from grpo_mega.types import Prompt, UserError
 from tests.helpers.error_messages import assert_names
@@ -16,7 +15,7 @@ CONFIG: dict[str, Any] = {"optimizer": {"lr": 1e-6}, "data": {"train": "/data/a.
 
 
 def prompts_of(*texts: str) -> PromptDataset:
-    return PromptDataset((RowSet("a", tuple(Prompt(i, text, (1,), "2") for i, text in enumerate(texts))),))
+    return PromptDataset((DataSet("a", tuple(Prompt(i, text, (1,), "2") for i, text in enumerate(texts))),))
 
 
 def messages(rank: int, changed: dict[int, dict[str, Any]], other_prompts: dict[int, list[str]]) -> str:

@@ -119,7 +119,7 @@ def open_ends(rank: int, case: Case, fp8: str | None = "scales", **sink: Any) ->
     """Return policy, sink and sync as a job builds them. `fp8="scales"` uses the kind of scales of the case."""
     from grpo_mega.models.config_readers import read_spec
     from grpo_mega.policy.policy import MegatronPolicy
-    from grpo_mega.trainer.build_engine import make_sync
+    from grpo_mega.trainer.build import make_sync
 
     if fp8 == "scales":
         fp8 = "scales_power_of_two" if case.power_of_two else "scales_fp32"
@@ -233,7 +233,7 @@ def test_a_flipped_value_and_an_outdated_scale_are_named_on_every_rank(
 
 def write_reports(rank: int, case: Case, folder: Path) -> None:
     from grpo_mega.observe.run_folder import RunFolder
-    from grpo_mega.trainer.build_engine import report_fp8
+    from grpo_mega.trainer.build import report_fp8
 
     policy, _, _ = open_ends(rank, case)
     scales = "scales_power_of_two" if case.power_of_two else "scales_fp32"

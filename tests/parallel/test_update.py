@@ -253,9 +253,10 @@ def run_update_with_nan(rank: int, recorded: Recorded, layout: Layout, bad_dp_ra
         policy.update(bad, LOSS, OPTIMIZER.lr)
     except RuntimeError as error:
         message = str(error)
+    skipped, _ = policy.update(bad, LOSS, OPTIMIZER.lr, lambda stats: stats.fault is None)
     unchanged = shard_digests(policy) == before
-    stats, _ = policy.update(good, LOSS, OPTIMIZER.lr)
-    return {"message": message, "unchanged": unchanged, "stats": stats}
+    stats, _ = policy.update(good, LOSS, OPTIMIZER.lr, lambda stats: stats.fault is None)
+    return {"message": message, "unchanged": unchanged, "skipped": skipped, "stats": stats}
 
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(8, tp=2, pp=2)], ids=str)
@@ -273,6 +274,10 @@ def test_a_nonfinite_loss_raises_on_all_ranks_with_rank_and_microbatch_and_keeps
     assert len(messages) <= layout.tp  # each tensor-parallel rank reports the error of its own replica
     assert messages <= allowed
     assert all(answer["unchanged"] for answer in answers)
+    skipped = [answer["skipped"] for answer in answers]
+    assert {(each.is_made, f"{each.fault}; no update was made") for each in skipped} <= {(False, m) for m in allowed}
+    bad_rows = [(1,) if rank in failing_ranks else () for rank in range(layout.world)]
+    assert [each.non_finite_rows for each in skipped] == bad_rows
     wanted = laboratory.run("qwen3", layout)[0].stats[0]
     assert all(answer["stats"] == wanted for answer in answers), (
         "the next update differs from an update without a failure"

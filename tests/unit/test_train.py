@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 from grpo_mega import train
-from grpo_mega.config.load import config_from_values, load_config
+from grpo_mega.config.load import load_config
 from grpo_mega.data.tokenizers import byte_tokenizer
 from grpo_mega.parallel.device_queues import VARIABLE
 from grpo_mega.types import UserError
@@ -292,23 +292,5 @@ def test_preparing_valid_input_returns_its_prompts_and_writes_nothing(tmp_path: 
     assert (prepared.topology.dp, prepared.topology.num_replicas) == (2, 2)
     assert prepared.eval_prompts is not None
     assert len(prepared.eval_prompts) >= 300
-    assert not {p.text for p in prepared.eval_prompts.rows} & {p.text for p in prepared.train_prompts.rows}
+    assert not {p.text for p in prepared.eval_prompts.prompts} & {p.text for p in prepared.train_prompts.prompts}
     assert list(tmp_path.iterdir()) == []
-
-
-def test_fine_tuning_from_random_weights_needs_neither_weights_nor_a_reward(tmp_path: Path) -> None:
-    values = {
-        "run": {"dir": str(tmp_path / "run"), "world_size": 1},
-        "model": {"base": {"task": "arithmetic"}, "init": "random"},
-        "data": {"train": "arithmetic:train", "template": "plain", "max_example_tokens": 16},
-        "train": {"objective": "sft", "steps": 1},
-    }
-    prepared = train.prepare(config_from_values(values, [], [tmp_path]))
-    assert len(prepared.train_data) == 4200
-    assert prepared.eval_prompts is None
-
-
-def test_a_random_start_with_a_checkpoint_is_an_error() -> None:
-    with pytest.raises(UserError) as caught:
-        load_config(QUICKSTART, ["model.init=random", "model.checkpoint=/run/checkpoints/step_000001"])
-    assert_names(caught.value, "model.init=random", "model.checkpoint=/run/checkpoints/step_000001", "remove one")

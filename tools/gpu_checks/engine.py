@@ -22,7 +22,7 @@ from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.trainer.build_engine import make_sync
+from grpo_mega.trainer.build import make_sync
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Reward, Rollout, SamplingRequest
 from grpo_mega.weight_sync.fp8_report import fp8_report

@@ -150,7 +150,7 @@ def main() -> None:
     ranks = init_ranks(prepared.topology, config.guard.timeout_seconds)
     run = open_run(Path(settings["run_dir"]), resolved(config), overwrite=False, train_steps=MAX_STEPS)
     with building(config, ranks, run, Path(settings["model"]), prepared.train_prompts, None, StopRequests()) as built:
-        side = OurSide(built, prepared.train_prompts.rows)
+        side = OurSide(built, prepared.train_prompts.prompts)
         channel.send({"threads": torch.get_num_threads()})
         while (command := channel.receive()) is not None:
             channel.send(side.train_only(command["completions"]) if command["completions"] else side.whole())

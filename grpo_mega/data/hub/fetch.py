@@ -79,8 +79,6 @@ def fetch_model(model: ModelConfig, part: HubPart) -> ModelConfig:
         UserError: see `with_hub_inputs`.
     """
     name, revision = str(model.path), model.revision
-    if part == "all" and model.init == "random":
-        part = "small"
     if revision is not None and is_commit(revision) and has_model(name, revision, part):
         return model
     repository = find_repository("model.path", "model", name, revision)

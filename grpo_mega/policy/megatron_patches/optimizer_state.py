@@ -86,7 +86,8 @@ def sharded_parameter_state(
     """Return parameter -> name of a state -> pieces in float32 of the state that this rank holds.
 
     Replaces `DistributedOptimizer.sharded_param_state_fully_reshardable`, without a collective. To be saved, pieces are
-    views of the state. To be loaded, they are new host memory: the optimizer may have no state before its first step.
+    views of the state, and zeros for the moments that the optimizer does not have before its first step. To be loaded,
+    they are new host memory.
     """
     del metadata
     sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
@@ -96,10 +97,16 @@ def sharded_parameter_state(
         if parameter not in by_parameter:
             raise ValueError(f"a parameter is not in the model's sharded state; {KEEP_VARS_HINT}")
         names = ("param", *_moments_of(optimizer, parameter))
-        states = {} if is_loading else optimizer._get_main_param_and_optimizer_states(parameter)
+        states = {} if is_loading else _states_of(optimizer, parameter)
         found[index] = {}
         for name in names:
-            state = torch.empty(end - start, device="cpu") if is_loading else states[name].detach().float()
+            if is_loading:
+                state = torch.empty(end - start, device="cpu")
+            elif name in states:
+                state = states[name].detach().float()
+            else:  # before the first step, with which the optimizer begins its moments
+                assert name != "param", "the optimizer has no main parameter"
+                state = torch.zeros(end - start, device="cpu")
             found[index][name] = dict(enumerate(_pieces(by_parameter[parameter], name, state, start, end)))
     return found
 
@@ -127,6 +134,17 @@ def _joined(pieces: list[Tensor]) -> Tensor:
         return torch.cat([each.flatten() for each in pieces])
     size = (end - first) // pieces[0].itemsize
     return pieces[0].as_strided((size,), (1,))
+
+
+def _states_of(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """Return the main parameter and the moments that there are. The optimizer's state is as before."""
+    group, order = optimizer.model_param_group_index_map[parameter]
+    main = optimizer.optimizer.param_groups[group]["params"][order]
+    is_new = main not in optimizer.optimizer.state
+    states: dict[str, Tensor] = optimizer._get_main_param_and_optimizer_states(parameter)
+    if is_new:  # the read has added an empty entry, which placeholder_steps (fixes.py) would take for a state
+        optimizer.optimizer.state.pop(main, None)
+    return states
 
 
 def _moments_of(optimizer: Any, parameter: Tensor) -> tuple[str, ...]:

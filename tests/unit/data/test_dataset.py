@@ -14,8 +14,7 @@ from grpo_mega.config.data_rules import check_data
 from grpo_mega.config.data_sections import DataConfig
 from grpo_mega.data.arithmetic import ALPHABET
 from grpo_mega.data.chat import load_tokenizer
-from grpo_mega.data.dataset import PromptDataset, load_held_out, load_train
-from grpo_mega.data.row_sets import RowSet
+from grpo_mega.data.dataset import DataSet, PromptDataset, load_held_out, load_train
 from grpo_mega.data.tokenizers import byte_tokenizer, char_tokenizer
 from grpo_mega.types import Prompt, UserError
 
@@ -41,7 +40,7 @@ def _numbered(*counts: int, weights: tuple[float, ...] = ()) -> PromptDataset:
     sets, begin = [], 0
     for i, count in enumerate(counts):
         prompts = tuple(Prompt(begin + j, str(j), (i, j), "") for j in range(count))
-        sets.append(RowSet(str(i), prompts, weights[i] if weights else 1.0))
+        sets.append(DataSet(str(i), prompts, weights[i] if weights else 1.0))
         begin += count
     return PromptDataset(tuple(sets))
 
@@ -71,21 +70,21 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 def test_gsm8k_lines_are_read_unchanged(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", {"question": "How many?", "answer": "6*7 = <<6*7=42>>42.\n#### 42"})
-    (prompt,) = _load(source).rows
+    (prompt,) = _load(source).prompts
     assert (prompt.text, prompt.answer) == ("How many?", "6*7 = <<6*7=42>>42.\n#### 42")
     assert prompt.token_ids == tuple(b + 2 for b in b"How many?")
 
 
 def test_named_keys_take_precedence_and_numbers_become_text(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", {"prompt": "no", "q": "yes", "answer": "no", "a": 12})
-    (prompt,) = _load(source, prompt_key="q", answer_key="a").rows
+    (prompt,) = _load(source, prompt_key="q", answer_key="a").prompts
     assert (prompt.text, prompt.answer) == ("yes", "12")
 
 
 def test_index_is_the_row_also_after_a_skipped_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": "p" * n, "answer": ""} for n in (3, 9, 4)]
     dataset = _load(_write(tmp_path / "a.jsonl", *rows), max_prompt_tokens=5, overlong="skip")
-    assert [p.index for p in dataset.rows] == [0, 2]
+    assert [p.index for p in dataset.prompts] == [0, 2]
     assert (len(dataset), dataset.sets[0].num_skipped) == (2, 1)
 
 
@@ -95,7 +94,7 @@ def test_chat_template_opens_the_answer_and_takes_the_system_prompt(tmp_path: Pa
     messages = [{"role": "system", "content": "own"}, {"role": "user", "content": "b"}]
     source = _write(tmp_path / "a.jsonl", {"prompt": "a", "answer": ""}, {"prompt": messages, "answer": ""})
     config = DataConfig(train=source, template="chat", system_prompt="short")
-    texts = [p.text for p in load_train(config, tokenizer).rows]
+    texts = [p.text for p in load_train(config, tokenizer).prompts]
     assert texts == ["[system]short\n[user]a\n[answer]", "[system]own\n[user]b\n[answer]"]
 
 
@@ -103,7 +102,7 @@ def test_a_prompt_keeps_its_messages_with_the_system_prompt(tmp_path: Path) -> N
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     path = _write(tmp_path / "rows.jsonl", {"prompt": "1+1", "answer": "2"}, {"prompt": chat, "answer": "d"})
     system = {"role": "system", "content": "Be short."}
-    found = _load(path, system_prompt="Be short.").rows
+    found = _load(path, system_prompt="Be short.").prompts
     assert [list(p.messages) for p in found] == [[system, {"role": "user", "content": "1+1"}], [system, *chat]]
     assert found[0].text == "Be short.\n\n1+1"
 
@@ -122,19 +121,19 @@ def test_the_other_columns_are_kept_on_request_as_json_values(tmp_path: Path) ->
     )
     config = DataConfig(train=str(path), template="plain", answer_key="meta.answer")
     with_fields, without = (load_train(config, byte_tokenizer(), with_fields=on) for on in (True, False))
-    assert [p.answer for p in with_fields.rows] == ["0", "2"]
-    assert [dict(p.fields) for p in with_fields.rows] == [
+    assert [p.answer for p in with_fields.prompts] == ["0", "2"]
+    assert [dict(p.fields) for p in with_fields.prompts] == [
         {"meta": {"answer": str(2 * i), "level": i}, "tags": ["sum"], "when": f"2024-01-0{1 + i}", "raw": raw}
         for i, raw in enumerate(["AA==", "AQ=="])
     ]
-    assert [dict(p.fields) for p in without.rows] == [{}, {}]
+    assert [dict(p.fields) for p in without.prompts] == [{}, {}]
     assert with_fields.digest != without.digest  # a column that a reward reads decides its values
 
 
 def test_plain_template_joins_contents_with_blank_lines(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     source = _write(tmp_path / "a.jsonl", {"prompt": messages, "answer": ""})
-    assert _load(source, system_prompt="s").rows[0].text == "s\n\na\n\nb"
+    assert _load(source, system_prompt="s").prompts[0].text == "s\n\na\n\nb"
 
 
 def test_arithmetic_sources_are_the_sets_of_the_task() -> None:
@@ -143,8 +142,8 @@ def test_arithmetic_sources_are_the_sets_of_the_task() -> None:
     heldout, train = load_held_out(config, tokenizer), load_train(config, tokenizer)
     assert heldout is not None
     assert len(heldout) == 300
-    assert not {p.text for p in heldout.rows} & {p.text for p in train.rows}
-    first = heldout.rows[0]
+    assert not {p.text for p in heldout.prompts} & {p.text for p in train.prompts}
+    first = heldout.prompts[0]
     a, b = first.text.removesuffix("=").split("+")
     assert first.answer == str(int(a) + int(b))
 
@@ -188,7 +187,7 @@ def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path: Path) -> None:
 
 def test_a_prompt_that_cannot_be_encoded_names_the_line(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", {"prompt": "1+x=", "answer": ""})
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the model's tokenizer or chat template cannot encode"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: the model's tokenizer cannot encode"):
         load_train(DataConfig(train=source, template="plain"), char_tokenizer(ALPHABET))
 
 
@@ -242,7 +241,7 @@ def test_tokenizer_without_eos_is_an_error(tmp_path: Path) -> None:
 def test_the_whole_gsm8k_file_is_read(gsm8k_dir: Path) -> None:
     dataset = _load(str(gsm8k_dir / "train.jsonl"), max_prompt_tokens=256, overlong="skip")
     assert len(dataset) + dataset.sets[0].num_skipped == 7473
-    assert all("####" in prompt.answer for prompt in dataset.rows)
+    assert all("####" in prompt.answer for prompt in dataset.prompts)
 
 
 def _set_of(prompt: Prompt) -> int:
@@ -285,7 +284,7 @@ def test_indices_are_unique_over_sets_and_names_are_kept(tmp_path: Path) -> None
         {"path": second, "name": "hard", "filters": [{"key": "level", "min": 4}]},
     ]
     dataset = _load(sets)
-    assert [(p.index, p.data_set) for p in dataset.rows] == [(0, "a"), (2, "a"), (4, "hard"), (5, "hard")]
+    assert [(p.index, p.data_set) for p in dataset.prompts] == [(0, "a"), (2, "a"), (4, "hard"), (5, "hard")]
     assert [part.num_filtered for part in dataset.sets] == [1, 1]
 
 

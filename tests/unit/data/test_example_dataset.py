@@ -46,7 +46,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def test_prompt_and_completion_become_tokens_with_a_mask_over_the_completion_and_eos(tmp_path: Path) -> None:
-    (first, *_) = load(tmp_path, ROWS).rows
+    (first, *_) = load(tmp_path, ROWS).sets[0].examples
     assert list(first.token_ids) == [ord("q") + 2, ord("0") + 2, ord("a") + 2, 1]
     assert list(first.loss_mask) == [0, 0, 1, 1]
     assert first.num_loss_tokens == 2
@@ -54,18 +54,18 @@ def test_prompt_and_completion_become_tokens_with_a_mask_over_the_completion_and
 
 def test_columns_can_have_other_names(tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": "a", "x": {"y": "z"}}]
-    (example,) = load(tmp_path, rows, completion_key="answer").rows
+    (example,) = load(tmp_path, rows, completion_key="answer").sets[0].examples
     assert bytes(t - 2 for t in example.token_ids[:-1]) == b"qa"
-    (example,) = load(tmp_path, rows, prompt_key="answer", completion_key="x.y").rows
+    (example,) = load(tmp_path, rows, prompt_key="answer", completion_key="x.y").sets[0].examples
     assert bytes(t - 2 for t in example.token_ids[:-1]) == b"az"
-    (example,) = load(tmp_path, [{"prompt": [user("a"), user("b")], "completion": [assistant("c")]}]).rows
+    (example,) = load(tmp_path, [{"prompt": [user("a"), user("b")], "completion": [assistant("c")]}]).sets[0].examples
     assert bytes(t - 2 for t in example.token_ids[:-1]) == b"a\n\nbc"
 
 
 def test_generated_sets_are_examples_too() -> None:
     data = load_examples(DataConfig(train="arithmetic:train", template="plain"), char_tokenizer(ALPHABET))
     assert len(data) == 4200
-    texts = {char_tokenizer(ALPHABET).decode(list(e.token_ids)[:-1]) for e in data.rows[:50]}
+    texts = {char_tokenizer(ALPHABET).decode(list(e.token_ids)[:-1]) for e in data.sets[0].examples[:50]}
     assert all(eval(text.replace("=", "==")) for text in texts)
 
 
@@ -73,11 +73,11 @@ def test_too_long_examples_are_an_error_skipped_or_truncated_and_counted(tmp_pat
     message = problem(tmp_path, ROWS, max_example_tokens=5)
     assert_names(message, "train.jsonl:3", "6 tokens", "data.max_example_tokens=5", "data.overlong=truncate")
     skipped = load(tmp_path, ROWS, max_example_tokens=5, overlong="skip")
-    assert [len(e.token_ids) for e in skipped.rows] == [4, 5]
+    assert [len(e.token_ids) for e in skipped.sets[0].examples] == [4, 5]
     assert skipped.metrics(1, 2) == {"data/epoch": 1.0, "data/skipped_examples": 4, "data/truncated_examples": 0}
     truncated = load(tmp_path, ROWS, max_example_tokens=5, overlong="truncate")
-    assert [len(e.token_ids) for e in truncated.rows] == [4, 5, 5, 5, 5, 5]
-    assert list(truncated.rows[-1].loss_mask) == [0, 0, 1, 1, 1]
+    assert [len(e.token_ids) for e in truncated.sets[0].examples] == [4, 5, 5, 5, 5, 5]
+    assert list(truncated.sets[0].examples[-1].loss_mask) == [0, 0, 1, 1, 1]
     assert truncated.metrics(0, 2)["data/truncated_examples"] == 4
     without_answer = load(
         tmp_path, [*ROWS, {"prompt": "long " * 9, "completion": "a"}], max_example_tokens=5, overlong="truncate"
@@ -128,5 +128,5 @@ def test_a_wrong_row_is_an_error_with_its_line(
 def test_an_empty_file_and_filters_that_leave_nothing_are_errors(tmp_path: Path) -> None:
     assert "is empty" in problem(tmp_path, [])
     source = DataSource(path=write(tmp_path / "rows.jsonl", ROWS), filters=({"key": "prompt", "any_of": ("x",)},))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="remove 6 of 6 rows"):
+    with pytest.raises(UserError, match="remove all 6 rows"):
         load_examples(DataConfig(train=(source,), template="plain"), byte_tokenizer())

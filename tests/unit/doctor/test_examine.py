@@ -357,19 +357,6 @@ def test_the_checks_before_a_job_pass_here_and_skip_the_checks_of_train(model: P
     require(found)
 
 
-def test_a_random_start_needs_no_weights(tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    with pytest.raises(UserError):
-        require(examine_start(config_for(model), Topology(1), {}))
-    config = config_for(model)
-    found = examine_start(
-        config.model_copy(update={"model": config.model.model_copy(update={"init": "random"})}), Topology(1), {}
-    )
-    require(found)
-    assert [f.message for f in found if f.check == "checkpoint"] == ["model.init=random: no weights are read"]
-
-
 @pytest.mark.parametrize(("local_rank", "stops"), [("0", True), ("1", False)])
 def test_a_job_is_stopped_by_the_first_rank_of_a_machine(
     local_rank: str, stops: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -247,12 +247,13 @@ def test_a_last_line_cut_before_its_line_end_is_kept_whole(tmp_path: Path) -> No
     assert folder.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_broken_line_in_the_middle_is_named_and_nothing_is_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"rubbish", b"\x00\xff\xfe\x80", b'{"step": 2, "text": "\xff"}'])
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_removed(tmp_path: Path, line: bytes) -> None:
     folder = open_folder(tmp_path / "run").folder
-    folder.metrics.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    folder.metrics.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not a JSON object"):
         open_folder(tmp_path / "run")
-    assert "rubbish" in folder.metrics.read_text()
+    assert line in folder.metrics.read_bytes()
 
 
 @pytest.mark.parametrize("text", ["run: [1,\n", "just words", "", "\x00", "!!python/object:os.system {}"])

@@ -11,8 +11,7 @@ import torch
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
-from grpo_mega.data.dataset import PromptDataset
-from grpo_mega.data.row_sets import RowSet
+from grpo_mega.data.dataset import DataSet, PromptDataset
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, UserError
@@ -54,7 +53,7 @@ def make_config(*overrides: str) -> Config:
 
 def make_source(recorder: Recorder, *overrides: str, num_prompts: int = 40) -> GroupSource:
     prompts = tuple(Prompt(i, str(i), (i,), "") for i in range(num_prompts))
-    return GroupSource(recorder, PromptDataset((RowSet("test", prompts),)), make_config(*overrides))
+    return GroupSource(recorder, PromptDataset((DataSet("test", prompts),)), make_config(*overrides))
 
 
 def prompt_indices(groups: SampledGroups) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from grpo_mega.config.rollout_sections import EvaluationConfig
-from grpo_mega.data.row_sets import RowSet
+from grpo_mega.data.dataset import DataSet
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampled_groups import SampledGroups
@@ -38,7 +38,7 @@ class ScriptedSampler:
         return SampledGroups.of(rollouts, request.group_size)
 
 
-def run_evaluation(sets: list[RowSet[Prompt]], **config: Any) -> Evaluation:
+def run_evaluation(sets: list[DataSet], **config: Any) -> Evaluation:
     sampler = cast("Sampler", ScriptedSampler())
     return Evaluator(sampler, sets, EvaluationConfig(**config), 8, 0, {"exact": 1.0}, lambda array: array).evaluate()
 
@@ -54,14 +54,14 @@ def test_sampling_options_reach_the_engine_with_samples_and_greedy_answers() -> 
         "frequency_penalty": -0.5, "logit_bias": {3: -1.5, 0: 2.0}, "bad_words": ("no",),
     }  # fmt: skip
     for config in (EvaluationConfig(), EvaluationConfig(**keys)):
-        sets = [RowSet("easy", make_prompts(0))]
+        sets = [DataSet("easy", make_prompts(0))]
         Evaluator(cast("Sampler", sampler), sets, config, 8, 0, {"exact": 1.0}, lambda array: array).evaluate()
     wanted = SamplingOptions(0.9, 5, 0.1, 1.1, 0.5, -0.5, ((0, 2.0), (3, -1.5)), ("no",))
     assert [request.options for request in sampler.requests] == [SamplingOptions()] * 2 + [wanted] * 2
 
 
 def test_one_set_reports_pass_at_1_k_and_majority() -> None:
-    found = run_evaluation([RowSet("easy", make_prompts(0, 1))], k=4, report_k=(1, 2, 4))
+    found = run_evaluation([DataSet("easy", make_prompts(0, 1))], k=4, report_k=(1, 2, 4))
     assert (found.accuracy, found.greedy_accuracy, found.num_prompts) == (4 / 8, 1 / 2, 2)
     assert found.reward_mean == 4 / 16
     assert found.length_mean == (7 + 7 + 8 + 7 + 8 + 8 + 9 + 7) / 8
@@ -73,7 +73,7 @@ def test_one_set_reports_pass_at_1_k_and_majority() -> None:
 
 
 def test_several_sets_are_reported_together_and_by_name() -> None:
-    easy, hard = RowSet("easy", make_prompts(0, 1)), RowSet("hard", make_prompts(2))
+    easy, hard = DataSet("easy", make_prompts(0, 1)), DataSet("hard", make_prompts(2))
     both = run_evaluation([easy, hard], k=4)
     assert both.sets == {"easy": run_evaluation([easy], k=4), "hard": run_evaluation([hard], k=4)}
     assert (both.accuracy, both.num_prompts) == (4 / 12, 3)
@@ -81,18 +81,18 @@ def test_several_sets_are_reported_together_and_by_name() -> None:
 
 
 def test_max_prompts_applies_to_each_set() -> None:
-    found = run_evaluation([RowSet("easy", make_prompts(0, 1)), RowSet("hard", make_prompts(2))], k=4, max_prompts=1)
+    found = run_evaluation([DataSet("easy", make_prompts(0, 1)), DataSet("hard", make_prompts(2))], k=4, max_prompts=1)
     assert {name: part.num_prompts for name, part in found.sets.items()} == {"easy": 1, "hard": 1}
 
 
 def test_samples_without_a_reward_are_left_out_and_counted() -> None:
-    found = run_evaluation([RowSet("easy", make_prompts(0, 3))], k=4, report_k=(2, 4))
+    found = run_evaluation([DataSet("easy", make_prompts(0, 3))], k=4, report_k=(2, 4))
     # prompt 0 has 3 right of 4; prompt 3 has 1 of the 2 that were scored
     assert (found.accuracy, found.reward_mean, found.greedy_accuracy) == (4 / 6, 4 / 12, 1.0)
     assert found.failed_fraction == 2 / 8
     assert found.pass_at_k == {"2": 1.0, "4": 1.0}  # 1 - C(1, 2) / C(4, 2) and 1 - C(1, 2) / C(2, 2)
     assert found.majority_at_k == {"2": ((1 + 1 / 2) / 2 + 1 / 2) / 2, "4": 1.0}  # prompt 3 has no 4 samples
-    nothing = run_evaluation([RowSet("hard", make_prompts(4))], k=4)
+    nothing = run_evaluation([DataSet("hard", make_prompts(4))], k=4)
     assert (nothing.accuracy, nothing.reward_mean, nothing.failed_fraction) == (0.0, 0.0, 1.0)
 
 

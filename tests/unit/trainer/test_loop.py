@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.guard_section import GuardConfig
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.row_plan import RowShape
@@ -27,6 +28,7 @@ from grpo_mega.trainer.loop import (
     with_log_probs,
 )
 from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats
 from tests.helpers.thread_ranks import one_rank
 from tests.helpers.token_values import as_lists
@@ -44,7 +46,7 @@ class FakeCritic:
         self.calls.append(("values", len(microbatches)))
         return [m.labels.float() for m in microbatches]
 
-    def update(self, microbatches: list[Microbatch], loss: Any, learning_rate: float) -> UpdateStats:
+    def update(self, microbatches: list[Microbatch], loss: Any, learning_rate: float, allows: Any) -> UpdateStats:
         self.calls.append((tuple(i for m in microbatches for i in m.rollout_ids), learning_rate))
         for m in microbatches:
             assert m.old_values is not None
@@ -76,6 +78,7 @@ def job_of(critic: FakeCritic | None) -> TrainerState:
             config=SimpleNamespace(train=TRAIN, optimizer=optimizer),
             ranks=one_rank().ranks,
             transfer=one_rank(),
+            guard=RunGuard(GuardConfig(), one_rank().ranks),
         ),
     )
 
@@ -137,7 +140,9 @@ class FakePolicy:
         self.passes.append(tuple(i for m in microbatches for i in m.rollout_ids))
         return self._log_probs(microbatches)
 
-    def update(self, microbatches: list[Microbatch], loss: Any, rate: float) -> tuple[UpdateStats, list[Tensor] | None]:
+    def update(
+        self, microbatches: list[Microbatch], loss: Any, rate: float, allows: Any
+    ) -> tuple[UpdateStats, list[Tensor] | None]:
         self.old += [None if m.old_log_probs is None else m.old_log_probs[0].item() for m in microbatches]
         found = self._log_probs(microbatches)
         self._updates += 1

@@ -14,17 +14,18 @@ import torch
 
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.checkpoint.schedule import CheckpointSchedule
+from grpo_mega.config.guard_section import GuardConfig
 from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.config.schema import CheckpointConfig, RunConfig, TrainConfig
-from grpo_mega.data.example_dataset import Example, ExampleDataset
-from grpo_mega.data.row_sets import RowSet
+from grpo_mega.data.example_dataset import Example, ExampleDataset, ExampleSet
 from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.metric_table import require_known
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import Stopped
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_loop import SftState, train_on_examples
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
@@ -47,7 +48,7 @@ class Recorder:
         self.calls.append("device")
         yield
 
-    def update(self, microbatches: Any, loss: Any, rate: float) -> tuple[UpdateStats, None]:
+    def update(self, microbatches: Any, loss: Any, rate: float, allows: Any) -> tuple[UpdateStats, None]:
         trained = sorted(t for m in microbatches for t in m.labels[m.loss_mask].tolist())
         self.calls.append(("update", len(trained), rate))
         return UpdateStats(2.0, rate, {"loss": math.log(3), "entropy": 0.5}, {"entropy": 0.5}), None
@@ -97,12 +98,13 @@ def job_of(recorder: Recorder, *, with_engine: bool = True) -> SftState:
     return SftState(
         cast("Any", config),
         ranks,
-        ExampleDataset((RowSet("examples", EXAMPLES),)),
+        ExampleDataset((ExampleSet("examples", EXAMPLES),)),
         one,
         one,
         SavePoints(ranks, one, CheckpointSchedule(3, None, last_step=4), one, timers, 4, BackgroundWriter()),
         timers,
         one,
+        RunGuard(GuardConfig(), ranks),
         one if with_engine else None,
     )
 

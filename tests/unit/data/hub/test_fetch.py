@@ -118,12 +118,6 @@ def test_only_config_tokenizer_and_safetensors_of_a_model_are_downloaded(hub: Hu
     assert not [path for path in hub.downloads() if path.endswith((".bin", ".py"))]
 
 
-def test_no_weights_are_downloaded_for_a_random_start(hub: HubServer) -> None:
-    config = with_hub_inputs(config_with("model.init=random"))
-    without = [name for name in DOWNLOADED if name != "model.safetensors"]
-    assert names_in(config.model.folder) == without
-
-
 def test_a_process_whose_config_names_the_commits_asks_the_hub_nothing(hub: HubServer) -> None:
     first = with_hub_inputs(config_with(train=[{"path": "lab/sums", "config": "main", "split": "train"}]))
     hub.requests.clear()
