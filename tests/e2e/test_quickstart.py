@@ -189,7 +189,11 @@ def test_tensorboard_reads_the_curves_and_shows_rollouts(quickstart: Run, lines:
 
 
 def test_the_plan_counts_the_bytes_that_the_run_wrote(quickstart: Run) -> None:
-    """With the run's own mean length; files of a checkpoint also have names and digests of its tensors."""
+    """With the run's own mean length; files of a checkpoint also have names and digests of its tensors.
+
+    Answers of two to four tokens repeat within a group, with their log-probs, and repeated values take no bytes. The
+    plan counts distinct ones (tests/unit/planner/test_disk.py compares those), so it is an upper bound here.
+    """
     rows = [row for step in range(1, QUICKSTART_STEPS + 1) for row in rollouts_of(quickstart.folder, step)]
     mean_length = statistics.fmean(len(row["completion_ids"]) for row in rows) / MAX_TOKENS
     config = load_config(quickstart.folder / "config.yaml", ["run.world_size=1"])
@@ -199,7 +203,9 @@ def test_the_plan_counts_the_bytes_that_the_run_wrote(quickstart: Run) -> None:
     def written(*names: str) -> int:
         return sum(path.stat().st_size for path in quickstart.folder.joinpath(*names).rglob("*") if path.is_file())
 
-    assert written("rollouts") == pytest.approx(disk.rollouts, rel=0.1)
+    distinct = {(row["prompt"], row["completion"]) for row in rows}
+    assert len(distinct) < 0.7 * len(rows)
+    assert 0.7 * disk.rollouts < written("rollouts") < disk.rollouts
     assert written("checkpoints") == pytest.approx(disk.checkpoints, rel=0.05)
     assert (quickstart.folder / "hf" / "model.safetensors").stat().st_size == pytest.approx(disk.export, rel=0.02)
 
