@@ -208,7 +208,7 @@ def run_worker(prepared: Prepared, stops: StopRequests) -> None:
         _exit(1)
     except Exception:  # every failure of this rank must reach the screen and its log
         log.exception("this rank failed")
-        _exit(1)
+        _exit(1, f"once the cause is removed, this command continues the run: launch/train.sh {_arguments()}\n")
 
 
 def _arguments(*overrides: str) -> str:

@@ -13,6 +13,7 @@ from grpo_mega.engines.sglang.arguments import SglangSettings
 from grpo_mega.engines.sglang.engine import SglangEngine
 from grpo_mega.engines.vllm.arguments import VllmSettings
 from grpo_mega.engines.vllm.engine import VllmEngine
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import Engine
 
 
@@ -30,6 +31,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
             tp=config.engine.tp,
             facts=serving_facts(config, model_folder),
             max_model_len=config.longest_rollout,
+            vocab_size=checkpoint_spec(model_folder).vocab_size,
             tell_experts=config.algorithm.routing_replay,
             timeout_seconds=config.guard.timeout_seconds,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 
+from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
 
@@ -22,17 +23,29 @@ def require_ready(asleep: Collection[str], *, updating: bool, policy_version: in
 
 def in_groups(
     rollouts: Generator[tuple[int, int, Completion], None, None],
-    num_prompts: int,
-    group_size: int,
+    prompts: Sequence[Prompt],
+    sampling: SamplingRequest,
+    limits: OutputLimits,
     on_completion: Callable[[int, int, Completion], None] | None,
 ) -> list[list[Completion]]:
     """Collect (prompt position, member, completion) in any order into groups in the order of the prompts.
 
     The generator is closed when this function returns or raises.
+
+    Args:
+        rollouts: the completions, one by one.
+        prompts: of the request.
+        sampling: the request.
+        limits: what a completion may be.
+        on_completion: called with each completion, once it was checked.
+
+    Raises:
+        InvalidCompletionError: a completion cannot be right.
     """
-    groups: list[list[Completion | None]] = [[None] * group_size for _ in range(num_prompts)]
+    groups: list[list[Completion | None]] = [[None] * sampling.group_size for _ in prompts]
     with closing(rollouts):
         for position, member, completion in rollouts:
+            limits.check(completion, prompts[position], member, sampling.max_tokens_of(position))
             groups[position][member] = completion
             if on_completion is not None:
                 on_completion(position, member, completion)

@@ -134,8 +134,10 @@ def test_a_rolled_back_run_that_is_killed_and_continued_equals_the_uninterrupted
     assert list(RunFolder(path).complete_checkpoints()) == [0, 3], "it was killed too late"
     (discarded,) = (path / "discarded").iterdir()
     assert [line["step"] for line in read_lines(discarded / "metrics.jsonl")] == [4]
+    recorded = (path / "rollbacks.jsonl").read_text()
     again = run_job(*TWO_RANKS, f"run.dir={path}", output=tmp_path / "continued", env=STEP_5)
     assert again.code == 0, again.stderr[-3000:]
+    assert (path / "rollbacks.jsonl").read_text() == recorded, "step 5 failed again"
     lines = [[without_times(line) for line in read_lines(each / "metrics.jsonl")] for each in (path, expected)]
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 4, 5, 6]

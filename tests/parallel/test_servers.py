@@ -57,6 +57,7 @@ def open_engine(
             tp=tp,
             facts=msgspec.structs.replace(FACTS, tp=tp, **facts),
             max_model_len=64,
+            vocab_size=1000,
             tell_experts=False,
             timeout_seconds=seconds,
         )

@@ -16,6 +16,7 @@ from typing import Literal, cast
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.server.client import ServerClient
@@ -43,6 +44,7 @@ class ServerEngine:
         tp: number of ranks of each server.
         facts: settings that each server must have in common with this job.
         max_model_len: longest prompt plus completion, tokens.
+        vocab_size: of the model.
         tell_experts: the servers can answer requests with `expert_choices`.
         timeout_seconds: limit of every wait.
 
@@ -57,6 +59,7 @@ class ServerEngine:
         tp: int,
         facts: ServingFacts,
         max_model_len: int,
+        vocab_size: int,
         tell_experts: bool,
         timeout_seconds: float,
     ) -> None:
@@ -69,6 +72,7 @@ class ServerEngine:
         self._names = [f"engine.urls[{i}]={url}" for i, url in enumerate(urls)]
         self._addresses = [Address.parse(url, f"engine.urls[{i}]") for i, url in enumerate(urls)]
         self._tp, self._max_model_len, self._tell_experts = tp, max_model_len, tell_experts
+        self._vocab_size = vocab_size
         self._timeout = timeout_seconds
         self._ranks = ReplicaBroadcast(world_size // len(urls), timeout_seconds)
         self._client: ServerClient | None = None
@@ -135,11 +139,13 @@ class ServerEngine:
         Raises:
             RuntimeError: the engine is asleep, in the middle of an update or before its first sync; or the server
                 failed, is gone or is not responding (names it).
+            InvalidCompletionError: a completion cannot be right.
             ValueError: a prompt and its completion do not fit `max_model_len`, or the servers do not return
                 `expert_choices`.
         """
         self._check_ready(prompts, sampling)
-        return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
+        limits = OutputLimits("the engine server", self._vocab_size, self.policy_version)
+        return in_groups(self._rollouts(prompts, sampling), prompts, sampling, limits, on_completion)
 
     def sleep(self) -> None:
         """Release nothing: the server's devices have no other user."""

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from grpo_mega.engines.engine_rules import check_replica_gpus
+from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.sglang.arguments import (
@@ -68,6 +69,7 @@ class SglangEngine:
         self._on_cuda = torch.cuda.is_available()
         check_sglang(on_cuda=self._on_cuda)
         spec = checkpoint_spec(settings.config_dir)
+        self._vocab_size = spec.vocab_size
         if settings.return_experts and spec.moe is None:
             raise UserError(
                 f"algorithm.routing_replay=true: {settings.config_dir} has no experts", remedy="set it to false"
@@ -122,11 +124,13 @@ class SglangEngine:
 
         Raises:
             RuntimeError: the engine is asleep, an update is in progress, no sync has run, or SGLang failed.
+            InvalidCompletionError: a completion cannot be right.
             ValueError: a prompt and its completion do not fit `max_model_len`, or the request needs `stop_texts` or
                 `return_experts` and the engine was built without it.
         """
         self._check_ready(prompts, sampling)
-        return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
+        limits = OutputLimits("SGLang", self._vocab_size, self.policy_version)
+        return in_groups(self._rollouts(prompts, sampling), prompts, sampling, limits, on_completion)
 
     def sleep(self) -> None:
         """Release the KV cache, then the weights, which the next sync brings back.

@@ -23,6 +23,7 @@ import torch
 
 from grpo_mega.data.answer_ends import eos_ids
 from grpo_mega.data.answer_text import answer_text
+from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
 from grpo_mega.engines.vllm.host_storages import ReleasedStorages
@@ -50,6 +51,7 @@ class VllmEngine:
         from transformers import AutoTokenizer
 
         spec = checkpoint_spec(settings.config_dir)
+        self._vocab_size = spec.vocab_size
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(settings.config_dir))
         self._eos_ids = eos_ids(settings.config_dir, self._tokenizer.eos_token_id)
         self._max_model_len = settings.max_model_len
@@ -101,14 +103,16 @@ class VllmEngine:
 
         Raises:
             RuntimeError: the engine is asleep, an update is in progress, or no sync has run.
+            InvalidCompletionError: a completion cannot be right.
             ValueError: a prompt and its completion do not fit `max_model_len`, or the request asks for expert choices
                 and the engine was built without `return_experts`.
         """
         self._check_ready(prompts, sampling)
         if not sampling.continues:
             self._drop_prefixes()
+        limits = OutputLimits("vLLM", self._vocab_size, self.policy_version)
         with _seeded(sampling.seed), _without_compilation(self._on_cuda):
-            return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
+            return in_groups(self._rollouts(prompts, sampling), prompts, sampling, limits, on_completion)
 
     def sleep(self) -> None:
         """Release the KV cache and the weights, which the next sync brings back.
