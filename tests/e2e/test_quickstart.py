@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ import torch
 import yaml
 
 from grpo_mega.cli.plan import model_of
+from grpo_mega.config.guard_section import GuardRules
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.data.arithmetic import answer, pairs, question
 from grpo_mega.models.digest import combined_digest, slice_digest
+from grpo_mega.observe import conditions
+from grpo_mega.observe.history import History
 from grpo_mega.planner.hardware import gpu_named
 from grpo_mega.tiny_base.train import ensure_base
 from grpo_mega.types import TensorSlice
@@ -28,6 +32,15 @@ from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
 from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, run_job
 
 PROMPTS, GROUP, MAX_TOKENS = 16, 16, 8
+GUARD_CONDITIONS: dict[str, Callable[[History, float], object]] = {
+    "gradient_spike": conditions.gradient_spike,
+    "kl": conditions.far_from_reference,
+    "entropy_collapse": conditions.entropy_collapse,
+    "reward_collapse": conditions.reward_collapse,
+    "truncation": conditions.truncated_rollouts,
+    "degenerate": conditions.equal_rewards,
+    "mismatch": conditions.mismatch_growth,
+}
 METRICS = [
     *("reward/mean", "reward/std", "reward/accuracy", "rollout/length_mean", "rollout/truncated_fraction"),
     *("group/degenerate_fraction", "train/loss", "train/kl", "train/entropy", "train/clip_fraction"),
@@ -76,6 +89,21 @@ def test_every_step_has_a_line_with_every_stable_metric(lines: list[dict[str, An
         assert [name for name in METRICS if not math.isfinite(line.get(name, math.nan))] == []
     assert max(line["train/clip_fraction"] for line in lines) > 0
     assert lines[-1]["train/kl"] > lines[0]["train/kl"] > 0
+
+
+def test_no_guard_rule_holds_in_a_healthy_run(lines: list[dict[str, Any]]) -> None:
+    """Neither in this run, nor if all rules were on with their default thresholds."""
+    assert {line[f"guard/{name}"] for line in lines for name in ("warnings", "skipped_updates", "rollbacks")} == {0}
+    rules, history, held = GuardRules(), History(), list[tuple[int, str]]()
+    for line in lines:
+        history.add(line["step"], {name: value for name, value in line.items() if isinstance(value, float)})
+        held += [
+            (line["step"], name)
+            for name, condition in GUARD_CONDITIONS.items()
+            if condition(history, getattr(rules, name).threshold)
+        ]
+    assert held == []
+    assert history.last("train/grad_norm") is not None
 
 
 def test_sampler_and_policy_agree_to_1e_4_in_every_step(lines: list[dict[str, Any]]) -> None:
