@@ -31,7 +31,7 @@ from tests.helpers.weight_layouts import TENSORS, policy
 
 BUCKET_BYTES = 128 * 1024
 MODEL_BYTES = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in TENSORS.values())
-Answers = list[tuple[tuple[int, ...], str, int]]
+Answers = list[tuple[list[int], str, int]]
 PROMPTS = [Prompt(7, "", (1, 2, 3), ""), Prompt(8, "", (4,), "")]
 LIMIT = 3.0  # seconds; the timeout of tests in which a server does not answer
 
@@ -113,7 +113,7 @@ def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
     found = rank_pool.call(2, run_syncs, [server.url for server in servers], 1, transport)
     for rank, (answers, reports, received) in enumerate(found):
         # each rank's own server answers, and its memory holds no slice of another version
-        wanted = {version: [(*p.token_ids, rank) for p in PROMPTS for _ in range(2)] for version in (1, 2)}
+        wanted = {version: [[*p.token_ids, rank] for p in PROMPTS for _ in range(2)] for version in (1, 2)}
         text = answers[0][0][1]
         assert text.startswith("0 of ")
         assert answers == [[(ids, text, version) for ids in wanted[version]] for version in (1, 2)]
