@@ -23,6 +23,7 @@ TESTS = {
     "convert.md": "tests/e2e/test_readme_commands.py",
     "data.md": "tests/e2e/test_readme_commands.py",
     "environments.md": "tests/e2e/test_readme_commands.py",
+    "faults.md": "tests/unit/docs/test_faults_guide.py",
     "first-own-run.md": "tests/e2e/test_first_own_run.py",
     "first-run.md": "tests/e2e/test_guides.py",
     "fp8.md": "tests/unit/docs/test_fp8_guide.py",
@@ -33,6 +34,7 @@ TESTS = {
     "sft.md": "tests/e2e/test_guides.py",
     "slurm.md": "tests/e2e/test_slurm.py",
     "troubleshooting.md": "tests/unit/docs/test_troubleshooting.py",
+    "watching.md": "tests/unit/docs/test_watching_guide.py",
 }
 
 

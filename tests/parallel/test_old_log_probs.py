@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.guard_section import GuardConfig
 from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.row_plan import RowShape
 from grpo_mega.parallel.array_collectives import ArrayCollectives
@@ -17,6 +18,7 @@ from grpo_mega.trainer.batch import TrainBatch, build_batch
 from grpo_mega.trainer.loop import TrainerState, sampled_old_log_probs, update, with_log_probs
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
+from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.types import Rollout, UpdateStats
 from tests.helpers.recorded_rollouts import (
     ONE,
@@ -44,7 +46,9 @@ def job_and_batch(
     policy = open_policy(rank, recorded, layout)
     config = SimpleNamespace(train=train, optimizer=OPTIMIZER, algorithm=algorithm)
     transfer = RolloutTransfer(ArrayCollectives(ranks))
-    job = cast("TrainerState", SimpleNamespace(policy=policy, config=config, ranks=ranks, transfer=transfer))
+    guard = RunGuard(GuardConfig(), ranks)
+    parts = SimpleNamespace(policy=policy, config=config, ranks=ranks, transfer=transfer, guard=guard)
+    job = cast("TrainerState", parts)
     groups = recorded.groups.sampled().held_by(is_first=ranks.is_first)
     shape = RowShape.of(layout.parallel)
     batch = build_batch(groups, np.array(recorded.rewards), train, objective, transfer=transfer, shape=shape)
