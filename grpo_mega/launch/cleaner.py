@@ -21,6 +21,8 @@ def main(folder: Path, descriptor: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     listed = SharedMemoryList(folder)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     while not select.select([descriptor], [], [], _POLL_SECONDS)[0]:
         listed.update()
     listed.update()

@@ -40,7 +40,7 @@ class SharedMemoryList:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._seen: set[str] = set(_shared_memory_files())
+        self._seen: set[str] = set()
         self._looks: dict[str, int] = {}
 
     def update(self) -> None:
@@ -150,11 +150,13 @@ def run_temporaries() -> Iterator[Path]:
     cleaner = subprocess.Popen(
         [sys.executable, "-m", "grpo_mega.launch.cleaner", str(folder), str(reading)],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         pass_fds=(reading, lock),
         start_new_session=True,  # signals of the terminal are not for it
     )
     os.close(reading)
+    assert cleaner.stdout is not None
+    cleaner.stdout.readline()  # it maintains the list from now on: a rank may end as soon as it has started
     try:
         yield folder
     finally:
@@ -163,6 +165,7 @@ def run_temporaries() -> Iterator[Path]:
             cleaner.wait(_CLEANER_SECONDS)
         if folder.exists():  # the cleaner was killed
             clean(folder)
+        cleaner.stdout.close()
         os.close(lock)
 
 

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from grpo_mega.config.load import load_config
+from grpo_mega.launch.restarts import take_restarts
 from grpo_mega.train import prepare
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
@@ -103,7 +104,8 @@ def test_every_training_command_passes_all_checks_that_come_before_the_start(
     monkeypatch.chdir(REPOSITORY)
     stub = tmp_path / "stub.jsonl"
     stub.write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}) + "\n")
-    arguments = [a.replace("FILE.jsonl", str(stub)) for a in train_arguments(command)]
+    _, given = take_restarts(train_arguments(command))
+    arguments = [a.replace("FILE.jsonl", str(stub)) for a in given]
     config = arguments.pop(0) if arguments and "=" not in arguments[0] else "configs/quickstart.yaml"
     own_folder = f"run.dir={tmp_path / 'run'}"  # the default run folder may contain a run of another config
     prepared = prepare(load_config(Path(config), [*arguments, own_folder]))
