@@ -117,7 +117,7 @@ def test_a_warning_that_repeats_is_shown_once_then_with_its_count(
 
 def test_control_characters_reach_neither_terminal_nor_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     configure_logging(0, log_dir=tmp_path)
-    logging.getLogger("grpo_mega.a").info("first\nsecond \x1b[31m \ud800")
+    logging.getLogger("grpo_mega.a").info("first\nsecond \x1b[31m \x07")
     shown = capsys.readouterr().err
-    assert shown == "[rank 0] first\nsecond \\x1b[31m \\ud800\n"
-    assert "second \\x1b[31m \\ud800" in (tmp_path / "rank_00000.log").read_text()
+    assert shown == "[rank 0] first\nsecond \\x1b[31m \\x07\n"
+    assert "second \\x1b[31m \\x07" in (tmp_path / "rank_00000.log").read_text()
