@@ -46,8 +46,8 @@ done
 [[ $max_mib =~ ^[1-9][0-9]*$ ]] || die 2 "--max-mib $max_mib: must be a positive number of MiB"
 [[ ! -e $out ]] || die 2 "--out $out exists already; name another folder or delete it"
 
-# What the check imports and neither torch nor transformers requires. Megatron imports psutil when it saves.
-names=(megatron-core pydantic pydantic_core annotated-types typing-inspection typing_extensions psutil)
+# What the check imports and neither torch nor transformers requires. Megatron imports psutil when it saves. A checkpoint has digests of xxhash.
+names=(megatron-core pydantic pydantic_core annotated-types typing-inspection typing_extensions psutil xxhash)
 requirements=()
 for name in "${names[@]}"; do
     pin=$(grep -iE "^$name==" "$root/constraints/cpu.txt") || die 1 "constraints/cpu.txt has no version of $name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def test_the_dashboard_grows_with_new_curves_and_keeps_those_of_earlier_commands
     writer.close()
     assert charts(read(tmp_path)) == ["reward", "accuracy (fraction)"]
     assert len(read(tmp_path).Tensors("custom_scalars__config__")) == 2
+    time.sleep(1.0)  # the name of a file begins with the second; within one, "10" comes before "9"
     writer = TensorBoardWriter(tmp_path, first_step=4, names=["reward/mean", "eval/accuracy"])
     writer.write(4, {"reward/mean": 0.5, "train/kl": 0.5})
     writer.close()

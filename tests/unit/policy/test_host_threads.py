@@ -80,17 +80,17 @@ def threads_before() -> Any:
 
 def test_the_optimizer_step_has_the_threads_and_the_rest_has_not(threads_before: int) -> None:
     adam = RecordingAdam()
-    learner_with(adam, threads_before + 2)._step(STATS, 0.5)
+    learner_with(adam, threads_before + 2)._step_if_allowed(STATS, 0.5, lambda _: True)
     assert (adam.threads, torch.get_num_threads()) == (threads_before + 2, threads_before)
     assert adam.param_groups[0]["lr"] == 0.5
-    learner_with(adam, None)._step(STATS, 0.5)
+    learner_with(adam, None)._step_if_allowed(STATS, 0.5, lambda _: True)
     assert adam.threads == threads_before
 
 
 def test_the_threads_are_restored_after_an_error(threads_before: int) -> None:
     adam = RecordingAdam(RuntimeError("no memory"))
     with pytest.raises(RuntimeError, match="no memory"):
-        learner_with(adam, threads_before + 2)._step(STATS, 0.5)
+        learner_with(adam, threads_before + 2)._step_if_allowed(STATS, 0.5, lambda _: True)
     assert (adam.threads, torch.get_num_threads()) == (threads_before + 2, threads_before)
 
 

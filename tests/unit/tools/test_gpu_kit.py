@@ -105,7 +105,7 @@ def test_every_package_of_the_kit_has_a_version() -> None:
 
 def link_bare_packages(folder: Path) -> None:
     """Link what BARE needs, as installed here, but for the packages of the kit and what only this environment has."""
-    kit = {"pydantic", "pydantic-core", "annotated-types", "typing-inspection", "megatron-core", "psutil"}
+    kit = {"pydantic", "pydantic-core", "annotated-types", "typing-inspection", "megatron-core", "psutil", "xxhash"}
     folder.mkdir()
     waiting, seen = list(BARE), set(kit)
     while waiting:
