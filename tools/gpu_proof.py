@@ -207,7 +207,7 @@ def _run_parts(
     results: dict[str, dict[str, Any]] = {}
     for part in parts:
         results[part.name] = _result_of(run, part, deadline)
-        if results[part.name]["seconds"]:
+        if results[part.name]["status"] not in (result_file.NOT_INSTALLED, result_file.SKIPPED):
             clock.after(part)
         result_file.write_json(run.file(SUMMARY), {"rehearsal": run.rehearsal, "parts": results})
         print(f"{part.name}: {results[part.name]['status']}", flush=True)

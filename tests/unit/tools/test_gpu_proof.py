@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,17 @@ def test_parts_that_no_longer_fit_are_skipped_with_the_reason(run_stubs: Run, tm
     assert files == sorted(f"rehearsal_{name}.json" for name in (*results, "check"))
     for name in results:
         assert json.loads((tmp_path / "out" / f"rehearsal_{name}.json").read_text())["rehearsal"] is True
+
+
+def test_a_part_that_ends_at_once_still_takes_its_expected_time(
+    run_stubs: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seconds of a result are rounded to tenths: a quick part reports 0.0 s."""
+    real = gpu_proof.run_limited
+    monkeypatch.setattr(gpu_proof, "run_limited", lambda *args: replace(real(*args), seconds=0.01))
+    _, results = run_stubs("--rehearse", "--minutes", "4", "--parts", "machine,bf16,log_probs,offload")
+    assert results["bf16"]["status"] == "skipped"
+    assert results["offload"] == {**results["offload"], "status": "rehearsed", "seconds": 0.0}
 
 
 def test_a_missing_package_counts_only_for_parts_that_were_named(run_stubs: Run) -> None:
