@@ -136,7 +136,7 @@ def serve(config: Config, host: str, port: int) -> None:
         server_listener = ServerListener(listener, read_token(), facts, lambda: engine.steps)
         port = listener.getsockname()[1]
         server_listener.open()
-        shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104 - only compared
         sys.stdout.write(f"listening at {f'[{shown}]' if ':' in shown else shown}:{port}\n")
         sys.stdout.flush()
     Server(engine, ranks, server_listener).run()

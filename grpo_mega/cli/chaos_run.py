@@ -23,6 +23,7 @@ import psutil
 
 from grpo_mega.cli.chaos_cases import SERVER_SCENARIO, ChaosCase, Scenario
 from grpo_mega.parallel.ports import free_port
+from grpo_mega.parallel.shared_memory import SHARED_MEMORY
 
 _STARTS = 5
 _RUN_SECONDS = 600.0
@@ -102,7 +103,7 @@ class ChaosRuns:
         """Run a case: disturb the first start, and start again until the run is complete."""
         expected = self.undisturbed(case.scenario)
         folder = self._work / f"case_{case.index}"
-        shared_memory = set(os.listdir("/dev/shm"))
+        shared_memory = set(os.listdir(SHARED_MEMORY))
         begin, was_hit, problems = time.monotonic(), False, list[str]()
         for starts in range(1, _STARTS + 1):
             with self._started(case.scenario, folder, f"case_{case.index}_{starts}") as run:
@@ -198,7 +199,7 @@ class ChaosRuns:
                     continue
                 if process.environ().get("TMPDIR", "").startswith(str(self._temporary)):
                     found.append(f"process {pid} ({command_line(pid)[:100]})")
-        found += [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - shared_memory - held)]
+        found += [str(SHARED_MEMORY / name) for name in sorted(set(os.listdir(SHARED_MEMORY)) - shared_memory - held)]
         return found + [str(path) for path in self._temporary.iterdir() if not path.name.startswith("torchinductor")]
 
 

@@ -135,7 +135,7 @@ def _parse_yaml(text: str) -> Any:
     PyYAML itself raises other exceptions for an impossible date, a wrong `!!int` and deep nesting.
     """
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)  # noqa: S506 - a subclass of SafeLoader
     except (ValueError, LookupError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 

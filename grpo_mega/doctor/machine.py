@@ -14,6 +14,7 @@ import psutil
 
 from grpo_mega.doctor.finding import Finding, Status, passed
 from grpo_mega.parallel.gloo_descriptors import needed_descriptors
+from grpo_mega.parallel.shared_memory import SHARED_MEMORY
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.module_choice import (
     INSTALL_TRANSFORMER_ENGINE,
@@ -218,7 +219,7 @@ def check_open_files(topology: Topology, limit: int, *, on_cuda: bool, with_vllm
     )  # fmt: skip
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm"), size: float | None = None) -> Finding:
+def check_shared_memory(folder: Path = SHARED_MEMORY, size: float | None = None) -> Finding:
     """Check the size of shared memory, through which the ranks of one machine exchange data."""
     total = float(shutil.disk_usage(folder).total) if size is None else size
     if total >= _SHARED_MEMORY:

@@ -216,7 +216,7 @@ def replace_process(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     """Replace this process by the command, which then receives signals and gives the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(command[0], list(command), dict(env))
+    os.execvpe(command[0], list(command), dict(env))  # noqa: S606 - no shell is wanted
 
 
 def start(script: str, arguments: Sequence[str], env: Mapping[str, str], restarts: int = 0) -> int:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
+from grpo_mega.parallel.shared_memory import SHARED_MEMORY
+
 _PROC = Path("/proc")
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 

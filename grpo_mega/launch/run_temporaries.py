@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from grpo_mega.launch.processes import SHARED_MEMORY, held_shared_memory, kill, own_processes, processes_of_run
+from grpo_mega.launch.processes import held_shared_memory, kill, own_processes, processes_of_run
+from grpo_mega.parallel.shared_memory import SHARED_MEMORY
 from grpo_mega.types import UserError
 
 PREFIX = "grpo_mega_run_"

@@ -34,7 +34,7 @@ class AlarmCommand:
             thread.join(self._limit + 1)
 
     def _run(self, line: str) -> None:
-        with subprocess.Popen(
+        with subprocess.Popen(  # noqa: S602 - a command line of the config, which is trusted; the alarm is its input
             self._command,
             shell=True,
             stdin=subprocess.PIPE,

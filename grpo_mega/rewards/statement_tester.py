@@ -156,18 +156,18 @@ def run(own_builtins: dict[str, Any]) -> None:
     report, write, set_trace = os.dup(1), os.write, sys.settrace
     os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
     space: dict[str, Any] = {"__name__": "program"}
-    exec(compile(job["program"], "program.py", "exec"), space)
+    exec(compile(job["program"], "program.py", "exec"), space)  # noqa: S102 - inside the sandbox
     if setup is None:
         return
     space["__builtins__"] = own_builtins | {_NAME: compare}
     set_trace(None)
-    exec(setup, space)
+    exec(setup, space)  # noqa: S102 - inside the sandbox
     for number, test in enumerate(tests):
         try:
             if test is None:
                 continue
-            exec(test, space)
-        except BaseException:
+            exec(test, space)  # noqa: S102 - inside the sandbox
+        except BaseException:  # noqa: S112 - a test that raises has failed
             continue
         write(report, f"{job['secret']} {number}\n".encode())
 

@@ -167,7 +167,7 @@ def _build_root(read_only: list[str]) -> None:
     trees = [(path, _clone_mounts(path, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)) for path in folders]
     trees += [(path, _clone_mounts(path, _ATTR_RDONLY | _ATTR_NOSUID)) for path in _DEVICES]
     are_folders = {path for path in folders if os.path.isdir(path)}  # read now: the mount below may hide some of them
-    new = "/tmp"  # any folder works: the mount hides it in this namespace only
+    new = "/tmp"  # noqa: S108 - any folder works: the mount hides it in this namespace only
     _mount_memory(new, 1 << 20, "0755")
     for path, tree in trees:
         target = new + path
@@ -349,7 +349,7 @@ def _exec_program(job: dict[str, Any], descriptors: list[int], limits: dict[str,
         "HOME": WORK, "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0", "TMPDIR": WORK,
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    os.execve(job["argv"][0], job["argv"], environment | job["environment"])
+    os.execve(job["argv"][0], job["argv"], environment | job["environment"])  # noqa: S606 - no shell is wanted
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from grpo_mega.engines.vllm.routing import Steps, bind_routers
 from grpo_mega.engines.vllm.tp_rules import check_tp
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.shared_memory import SHARED_MEMORY
 from grpo_mega.types import UserError
 
 
@@ -204,7 +205,7 @@ def _cpu_construction() -> Iterator[None]:
         del LinearBase._cpu_skip_gemm_dispatch
         _CPUSHMDistributed.make_group_name = staticmethod(group_name)
         torch.set_num_threads = set_num_threads
-        for file in Path("/dev/shm").iterdir():
+        for file in SHARED_MEMORY.iterdir():
             if file.name.rpartition("_")[0] in names:  # vLLM appends _<rank of the group>
                 file.unlink(missing_ok=True)  # the group's other ranks do the same
 

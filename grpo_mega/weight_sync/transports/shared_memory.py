@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from grpo_mega.parallel.peer_group import PeerGroup
+from grpo_mega.parallel.shared_memory import SHARED_MEMORY
 from grpo_mega.types import UserError
 from grpo_mega.weight_sync.transports.base import BucketMessage, Round, TransportError, failed_wait
 from grpo_mega.weight_sync.transports.cuda_ipc import DeviceSlots
 from grpo_mega.weight_sync.transports.process_vm_readv import PeerMemory
 
-_FOLDER = Path("/dev/shm")
 _COUNTERS = 4096  # bytes of the counters at the start of a segment
 _FILLED, _READ, _PROCESS = 0, 1, 2  # counters: rounds filled, rounds read, process id
 _POLL_SECONDS = 50e-6
@@ -42,7 +42,7 @@ def machine_id() -> str:
     Such processes run on one machine, with one /dev/shm and one user.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{_FOLDER.stat().st_dev}/{os.getuid()}"
+    return f"{boot}/{SHARED_MEMORY.stat().st_dev}/{os.getuid()}"
 
 
 class SharedMemoryTransport:
@@ -72,7 +72,7 @@ class SharedMemoryTransport:
         self._receivers = {each.number: [m.peer for m in each.sends] for each in rounds}
         self._past_rounds = 0  # of earlier syncs; counters only grow
         self._num_rounds = max((each.number for each in rounds), default=-1) + 1
-        path = _FOLDER / f"grpo_mega_{uuid.uuid4().hex}"
+        path = SHARED_MEMORY / f"grpo_mega_{uuid.uuid4().hex}"
         segment = _create_segment(path, _COUNTERS + (2 * slot_bytes if device_slots is None else 0))
         self._counters = {self._rank: segment[:_COUNTERS].view(torch.int64)}
         self._counters[self._rank][_PROCESS] = os.getpid()
@@ -170,7 +170,7 @@ def _create_segment(path: Path, num_bytes: int) -> Tensor:
         os.close(descriptor)
         path.unlink()
         raise UserError(
-            f"weight_sync.transport=shared_memory: {_FOLDER} has too little space for {num_bytes} bytes "
+            f"weight_sync.transport=shared_memory: {SHARED_MEMORY} has too little space for {num_bytes} bytes "
             f"({error.strerror})",
             remedy="use a smaller weight_sync.bucket_bytes, or weight_sync.transport=gloo",
         ) from error
