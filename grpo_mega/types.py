@@ -83,8 +83,10 @@ class Completion:
 
     The fields per token accept any sequence and are arrays afterwards. `token_ids` [N] int32 ends with EOS when
     `stop_reason == "eos"`. `sampler_log_probs` [N] float32 has one entry per token of `token_ids`, in nats.
-    `policy_version` is the number of updates behind the weights that sampled the answer. `loss_mask` [N] bool is False
-    on the tokens of environment results, whose sampler log-probs are 0; None means that the policy sampled all tokens.
+    `policy_version` is the number of updates behind the weights that sampled the answer, and of its last token where
+    several weights sampled it. Then `policy_versions` [N] int32 has the number of each token; None means that all have
+    `policy_version`. `loss_mask` [N] bool is False on the tokens of environment results, whose sampler log-probs are 0
+    and whose version means nothing; None means that the policy sampled all tokens.
     `failure` describes how the environment failed. `expert_choices` is present when the request asks for it: the
     experts of the first M tokens of prompt and completion in each layer, [M, L, K] small integers as in
     data/expert_records.py. Two completions are equal if all fields but `expert_choices` are.
@@ -102,6 +104,7 @@ class Completion:
     loss_mask: NDArray[np.bool_] | None
     num_turns: int
     failure: str | None
+    policy_versions: NDArray[np.int32] | None
 
     def __init__(
         self,
@@ -114,14 +117,19 @@ class Completion:
         loss_mask: ArrayLike | None = None,
         num_turns: int = 1,
         failure: str | None = None,
+        policy_versions: ArrayLike | None = None,
     ) -> None:
         tokens, log_probs = _array(token_ids, "int32"), _array(sampler_log_probs, "float32")
         mask = None if loss_mask is None else _array(loss_mask, "bool")
         if len(tokens) != len(log_probs):
             raise ValueError(f"a completion has {len(tokens)} tokens and {len(log_probs)} sampler_log_probs")
-        if mask is not None and len(mask) != len(tokens):
-            raise ValueError(f"a completion has {len(tokens)} tokens and a loss_mask of {len(mask)}")
-        fields = (tokens, log_probs, stop_reason, policy_version, text, expert_choices, mask, num_turns, failure)
+        versions = None if policy_versions is None else _array(policy_versions, "int32")
+        for name, column in (("loss_mask", mask), ("policy_versions", versions)):
+            if column is not None and len(column) != len(tokens):
+                raise ValueError(f"a completion has {len(tokens)} tokens and a {name} of {len(column)}")
+        fields = (
+            tokens, log_probs, stop_reason, policy_version, text, expert_choices, mask, num_turns, failure, versions,
+        )  # fmt: skip
         for name, value in zip(type(self).__dataclass_fields__, fields, strict=True):
             object.__setattr__(self, name, value)
 
@@ -134,7 +142,8 @@ class Completion:
 
     def _compared(self) -> tuple[object, ...]:
         mask = None if self.loss_mask is None else self.loss_mask.tobytes()
-        arrays = self.token_ids.tobytes(), self.sampler_log_probs.tobytes(), mask
+        versions = None if self.policy_versions is None else self.policy_versions.tobytes()
+        arrays = self.token_ids.tobytes(), self.sampler_log_probs.tobytes(), mask, versions
         return *arrays, self.stop_reason, self.policy_version, self.text, self.num_turns, self.failure
 
     @property

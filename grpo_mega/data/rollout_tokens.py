@@ -126,6 +126,9 @@ class RolloutTokens:
             [part for p, c in pairs for part in (np.zeros(len(p), np.float32), c.sampler_log_probs)], np.float32
         )
         versions = np.repeat(np.array([c.policy_version for c in completions], dtype=np.int32), lengths)
+        for end, completion in zip(offsets_of(lengths)[1:].tolist(), completions, strict=True):
+            if completion.policy_versions is not None:
+                versions[end - len(completion.token_ids) : end] = completion.policy_versions
         return cls(
             np.array([i for i, _ in rollouts], dtype=np.int64),
             offsets_of(lengths),

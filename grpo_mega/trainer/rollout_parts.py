@@ -94,6 +94,9 @@ def share_columns(
     mask = tokens.loss_mask[is_completion]
     prompts = [groups.prompts[group] for group in (rows // groups.group_size).tolist()]
     has_results, has_old = tokens.loss_counts < counts, np.isin(rows, old_log_probs.ids)
+    versions, last_version = tokens.policy_versions[is_completion], table.policy_version[rows].astype(np.int32)
+    is_other = mask & (versions != np.repeat(last_version, counts))
+    has_versions = np.isin(np.arange(len(rows)), np.repeat(np.arange(len(rows)), counts)[is_other])
     if not np.array_equal(old_log_probs.counts, tokens.loss_counts[has_old]):
         raise ValueError("old_log_probs must have one entry per token that the policy sampled")
     old = np.zeros(int(counts[has_old].sum()), np.float32)
@@ -105,7 +108,7 @@ def share_columns(
         member=(rows % groups.group_size).astype(np.int32),
         prompt_index=table.prompt_index[rows],
         replica=table.replica[rows].astype(np.int32),
-        policy_version=table.policy_version[rows].astype(np.int32),
+        policy_version=last_version,
         num_turns=table.num_turns[rows].astype(np.int32),
         reward=table.reward[rows],
         advantage=mean_advantages[rows],
@@ -124,6 +127,7 @@ def share_columns(
         sampler_log_probs=RaggedColumn(tokens.sampler_log_probs[is_completion], offsets_of(counts)),
         old_log_probs=_with_nulls(old, counts, has_old),
         loss_mask=_with_nulls(mask[np.repeat(has_results, counts)], counts, has_results),
+        policy_versions=_with_nulls(versions[np.repeat(has_versions, counts)], counts, has_versions),
         steps=_steps(table, rows),
         expert_choices=_expert_choices(tokens, table.has_experts[rows]),
         expert_shape=None if tokens.expert_choices is None else tokens.expert_choices.shape[1:],

@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "sampler_log_probs": [-0.5, -0.25, -0.125],
     "old_log_probs": [-1.0, -2.0, -3.0],
     "loss_mask": None,
+    "policy_versions": None,
     "steps": None,
     "expert_choices": None,
 }
@@ -41,6 +42,7 @@ _RAGGED = {
     "sampler_log_probs": np.float32,
     "old_log_probs": np.float32,
     "loss_mask": np.bool_,
+    "policy_versions": np.int32,
     "expert_choices": np.int16,
 }
 _LISTS = {"data_set", "prompt", "completion", "answer", "stop_reason", "reward_components", "reward_failures", "steps"}

@@ -19,7 +19,8 @@ MAX_BATCH_TOKENS = 2**20
 """Tokens of one record batch, which becomes one row group of the file. Offsets inside a batch are 32-bit."""
 _TEXTS = ("data_set", "prompt", "completion", "answer", "stop_reason")
 _NUMBERS = ("group", "member", "prompt_index", "replica", "policy_version", "num_turns", "advantage")
-_RAGGED = ("prompt_ids", "completion_ids", "sampler_log_probs", "old_log_probs", "loss_mask", "expert_choices")
+_RAGGED = ("prompt_ids", "completion_ids", "sampler_log_probs", "old_log_probs", "loss_mask", "policy_versions",
+           "expert_choices")  # fmt: skip
 
 
 def record_batches(columns: RolloutColumns) -> Iterator[pa.RecordBatch]:

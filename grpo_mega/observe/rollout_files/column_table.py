@@ -11,7 +11,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the columns, in the metadata of every file. A reader rejects a file of another version."""
 VERSION_KEY, NUM_PARTS_KEY, PART_KEY = b"grpo_mega.rollouts", b"grpo_mega.num_parts", b"grpo_mega.part"
 EXPERT_SHAPE_KEY = b"grpo_mega.expert_shape"
@@ -61,7 +61,11 @@ COLUMNS: tuple[RolloutColumn, ...] = (
     RolloutColumn("reward_failures", pa.list_(pa.string()), "names of the reward terms that failed"),
     RolloutColumn("advantage", pa.float64(), "mean advantage of the rollout's trained tokens"),
     RolloutColumn("stop_reason", pa.string(), "reason why sampling stopped: eos, length or stop", "dictionary"),
-    RolloutColumn("policy_version", pa.int32(), "number of updates behind the weights that sampled the rollout"),
+    RolloutColumn(
+        "policy_version",
+        pa.int32(),
+        "number of updates behind the weights that sampled the rollout, or its last answer",
+    ),
     RolloutColumn("replica", pa.int32(), "index of the engine replica that sampled the rollout"),
     RolloutColumn("num_turns", pa.int32(), "number of turns that the policy took"),
     RolloutColumn("prompt_ids", _TOKENS, "token ids of the prompt", "byte planes", per_token=True),
@@ -84,6 +88,14 @@ COLUMNS: tuple[RolloutColumn, ...] = (
         "loss_mask",
         pa.list_(pa.bool_()),
         "true for completion tokens that the policy sampled, false for tokens of an environment; null: all are true",
+        per_token=True,
+    ),
+    RolloutColumn(
+        "policy_versions",
+        _TOKENS,
+        "number of updates behind the weights that sampled each completion token, -1 for tokens of an environment; "
+        "null: `policy_version` for all tokens that the policy sampled",
+        "dictionary",
         per_token=True,
     ),
     RolloutColumn(

@@ -61,8 +61,8 @@ class RaggedColumn:
 class RolloutColumns:
     """Columns of N rollouts of one step (column_table.py has their meanings).
 
-    `reward` is NaN where there is none. `old_log_probs`, `loss_mask`, `steps` and `expert_choices` are None if all
-    their rows are null. `steps` has pairs (end_token, value). `expert_shape` is (layers, choices).
+    `reward` is NaN where there is none. `old_log_probs`, `loss_mask`, `policy_versions`, `steps` and `expert_choices`
+    are None if all their rows are null. `steps` has pairs (end_token, value). `expert_shape` is (layers, choices).
 
     Raises:
         ValueError: columns differ in their number of rows, or columns of completion tokens in the lengths of a row.
@@ -89,6 +89,7 @@ class RolloutColumns:
     sampler_log_probs: RaggedColumn
     old_log_probs: RaggedColumn | None = None
     loss_mask: RaggedColumn | None = None
+    policy_versions: RaggedColumn | None = None
     steps: Sequence[Sequence[tuple[int, float]] | None] | None = None
     expert_choices: RaggedColumn | None = None
     expert_shape: tuple[int, int] | None = None
@@ -101,7 +102,7 @@ class RolloutColumns:
                 column = column.lengths
             if field.name not in ("step", "expert_shape") and column is not None and len(column) != len(self):
                 raise ValueError(f"{field.name} has {len(column)} rows; group has {len(self)}")
-        for name in ("sampler_log_probs", "old_log_probs", "loss_mask"):
+        for name in ("sampler_log_probs", "old_log_probs", "loss_mask", "policy_versions"):
             column = getattr(self, name)
             if column is None:
                 continue

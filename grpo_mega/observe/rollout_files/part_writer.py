@@ -83,7 +83,7 @@ def _write(sink: pa.PythonFile, part: int, num_parts: int, columns: RolloutColum
         SCHEMA.with_metadata(metadata),
         compression="zstd",
         compression_level=COMPRESSION_LEVEL,
-        use_dictionary=[column.name for column in COLUMNS if column.encoding == "dictionary"],
+        use_dictionary=[column.parquet_path for column in COLUMNS if column.encoding == "dictionary"],
         column_encoding=encodings,
         write_statistics=[column.name for column in COLUMNS if not pa.types.is_nested(column.type)],
         write_page_checksum=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def test_columns_by_hand() -> None:
     assert found.nbytes == 12 * (4 + 4 + 1 + 4) + 8 * (3 + 4 + 3)
     on_loss = found.on_loss_tokens(found.token_ids)
     assert on_loss.by_rollout() == {2: [13], 5: [22, 24], 9: [34, 35]}
+
+
+def test_versions_of_tokens_that_several_weights_sampled() -> None:
+    completion = replace(THREE[1][1].completion, policy_versions=[1, 7, 2])
+    found = RolloutTokens.of([THREE[0], (5, replace(THREE[1][1], completion=completion)), THREE[2]])
+    no = NOT_SAMPLED
+    assert found.policy_versions.tolist() == [no, no, 1, no, 1, no, 2, no, no, no, 2, 2]
+    with pytest.raises(ValueError, match="3 tokens and a policy_versions of 2"):
+        replace(completion, policy_versions=[1, 2])
 
 
 def test_no_rollouts_give_empty_columns() -> None:

@@ -78,6 +78,7 @@ def test_a_row_has_all_data_for_scripts_and_replay(tmp_path: Path) -> None:
         "sampler_log_probs": [-0.5, -0.25, -0.125],
         "old_log_probs": [-1.0, -2.0, -3.0],
         "loss_mask": None,
+        "policy_versions": None,
         "steps": None,
         "expert_choices": None,
     }
@@ -93,6 +94,19 @@ def test_tokens_of_the_environment_have_a_false_mask_and_zero_old_log_probs(tmp_
     assert (second["old_log_probs"], second["loss_mask"], second["steps"]) == (None, None, None)
     with pytest.raises(ValueError, match="old_log_probs must have one entry per token that the policy sampled"):
         columns_of([make_rollout(completion=several)], [[-1.0, -2.0, -3.0]])
+
+
+def test_tokens_of_several_weights_have_their_versions(tmp_path: Path) -> None:
+    """A rollout whose tokens all have `policy_version` has no versions per token."""
+    carried = replace(make_rollout().completion, loss_mask=(True, False, True), num_turns=2, policy_versions=(1, 1, 3))
+    old, equal = (
+        replace(carried, policy_versions=(2, 2, 2), policy_version=2),
+        replace(carried, policy_versions=(3,) * 3),
+    )
+    rollouts = [make_rollout(completion=each) for each in (carried, old, equal, make_rollout().completion)]
+    rows = rows_of(tmp_path, columns_of(rollouts, [None] * 4))
+    assert [row["policy_versions"] for row in rows] == [[1, -1, 3], None, None, None]
+    assert [row["policy_version"] for row in rows] == [3, 2, 3, 3]
 
 
 def test_routing_records_have_their_shape_and_minus_one_for_no_record(tmp_path: Path) -> None:

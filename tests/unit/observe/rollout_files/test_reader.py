@@ -75,10 +75,10 @@ def test_a_temporary_file_is_not_a_part(tmp_path: Path) -> None:
 
 
 def test_a_part_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_writer, "SCHEMA_VERSION", 2)
+    monkeypatch.setattr(part_writer, "SCHEMA_VERSION", 1)
     write_part(tmp_path, 0, 1, columns_of({}))
     (problem,) = read_step(tmp_path).problems
-    assert "version 2 of the columns; this program reads version 1" in problem
+    assert "version 1 of the columns; this program reads version 2" in problem
 
 
 def test_a_parquet_file_of_another_program_is_named(tmp_path: Path) -> None:
