@@ -123,7 +123,8 @@ def compare(row: dict[str, Any]) -> ComparedStep:
         config_file = Path(work) / "row.yaml"
         config_file.write_text(yaml.safe_dump(sections))
         config = load_config(config_file)
-        return ComparedStep(row, model_of(config, gpu, {"mean_length": mean_length}).plan(config))
+        assumed = {"mean_length": mean_length, "scheduling_ahead": 0.0}  # no source says that its engine did
+        return ComparedStep(row, model_of(config, gpu, assumed).plan(config))
 
 
 def decode_milliseconds(entry: dict[str, Any], step: ComparedStep) -> tuple[float, float]:

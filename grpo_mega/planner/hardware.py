@@ -88,6 +88,10 @@ class Assumptions:
     engine_step: float = 5e-3
     """Seconds of an engine's processes between two forward passes of a decode step: scheduling, sampling, and the new
     tokens. With `decode_bandwidth` it gives the published seconds of a decode step (docs/measurements/planner.md)."""
+    scheduling_ahead: float = 12e-6
+    """Seconds per running rollout of `engine_step` that vLLM hides on CUDA: it schedules a step while the GPU computes
+    the one before. vLLM pull request 23914 (external launcher, TP2, A100): 0.34, 0.78, 1.71 and 3.26 ms a step with 32,
+    64, 128 and 256 running."""
     prefill_flops: float = 0.45
     """Fraction of bf16 FLOP/s while the engine computes prompts."""
     link: float = 0.70

@@ -26,7 +26,7 @@ class DecodeStep:
     collectives: float
     """Sums over the tensor-parallel ranks, and the exchange for experts."""
     engine: float
-    """Work of the engine's processes on the host between two forward passes: scheduling, sampling, new tokens."""
+    """Work of the engine's processes on the host between two forward passes that the GPU waits for."""
 
     @property
     def seconds(self) -> float:
@@ -86,8 +86,15 @@ def decode_step(inputs: PlanInputs, engine: EngineMemory, running: float, active
         memory=read / (gpu.memory_bandwidth * assumed.decode_bandwidth),
         compute=running * 2 * active / config.engine.tp / (gpu.bf16_flops * assumed.prefill_flops),
         collectives=_collective_seconds(inputs, running),
-        engine=assumed.engine_step,
+        engine=assumed.engine_step - _hidden_scheduling(inputs, running),
     )
+
+
+def _hidden_scheduling(inputs: PlanInputs, running: float) -> float:
+    """Return the seconds of `Assumptions.engine_step` that pass while the GPU computes."""
+    if inputs.is_cpu_job or inputs.config.engine.kind != "vllm":
+        return 0.0
+    return min(inputs.assumptions.engine_step, inputs.assumptions.scheduling_ahead * running)
 
 
 def _weights_read(inputs: PlanInputs, engine: EngineMemory, running: float) -> float:

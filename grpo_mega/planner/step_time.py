@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from grpo_mega.config.schema import Config
 from grpo_mega.models.flops import TRAINED_PASSES, attention_flops, weights_per_token
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.engine_residue import EngineResidue
 from grpo_mega.planner.inputs import PlanInputs
 from grpo_mega.planner.phase_memory import MemoryPlan
@@ -76,13 +77,16 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan) -> StepTime:
     efficiency = assumed.expert_flops if inputs.spec.moe is not None else assumed.dense_flops
     efficiency *= assumed.fp8_speedup if config.precision.fp8 is not None else 1.0
     rate = topology.world_size * gpu.bf16_flops * efficiency
-    rows = math.ceil(tokens / config.train.minibatches_per_epoch / topology.dp / work.row_tokens)
-    bubble = 1 + (topology.pp - 1) / (max(1, rows) * topology.vpp)
+    rows_of_pass = tokens / topology.dp / work.row_tokens
+    rows = math.ceil(rows_of_pass / config.train.minibatches_per_epoch)
     epochs = config.train.epochs_per_rollout
     recomputed = 1 / 3 if config.parallel.recompute == "full" else 0.0
+    computed_once = tokens * cost.forward / rate
     messages = _message_seconds(inputs, tokens / topology.dp)
-    forward = tokens * cost.forward / rate * bubble + messages / 3
-    computed = (3 + recomputed) * tokens * cost.forward / rate * bubble
+    # the rows of all minibatches are one schedule in a pass without gradients
+    forward = computed_once * _with_bubble(topology, math.ceil(rows_of_pass)) + messages.forward
+    computed = (3 + recomputed) * computed_once * _with_bubble(topology, rows)
+    exchanged = messages.forward + messages.backward
     passes = _policy_passes(config) + (1 if config.needs_reference else 0)
     static = max((rank.static for rank in memory.ranks), key=lambda s: s.weights)
     pcie = gpu.pcie * assumed.pcie
@@ -92,7 +96,7 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan) -> StepTime:
     phases = {
         "rollout": rollout_seconds(inputs, memory.engine, cost.forward, cost.active),
         "log_probs": passes * forward,
-        "train": epochs * (computed + messages)
+        "train": epochs * (computed + exchanged)
         + work.updates * _exposed_gradient_seconds(inputs, static, epochs * computed / work.updates / max(1, rows)),
         "optimizer": work.updates * _optimizer_seconds(inputs, static),
         "offload": (offload if inputs.policy_is_offloaded else 0.0) + graphs,
@@ -119,25 +123,44 @@ def _policy_passes(config: Config) -> float:
     return (minibatches - 1) / minibatches
 
 
-def _message_seconds(inputs: PlanInputs, tokens: float) -> float:
-    """Return the seconds of activation messages, forward and backward, for the tokens of one data-parallel rank.
+def _with_bubble(topology: Topology, rows: int) -> float:
+    """Return the seconds of a pipeline schedule over those of its computation."""
+    return 1 + (topology.pp - 1) / (max(1, rows) * topology.vpp)
 
-    No overlap with computation is assumed.
+
+@dataclass(frozen=True)
+class MessageSeconds:
+    """Seconds of activation messages that no computation hides."""
+
+    forward: float
+    backward: float
+
+
+def _message_seconds(inputs: PlanInputs, tokens: float) -> MessageSeconds:
+    """Return the seconds of activation messages for the tokens of one data-parallel rank.
+
+    tp: two gathers and two scatters per layer in either direction (without sequence parallelism two sums, which move as
+    much). In the backward pass those of a column-parallel module run beside its matrix products (Megatron-Core,
+    tensor_parallel/layers.py, LinearWithGradAccumulationAndAsyncCommunication; Transformer Engine likewise), so the two
+    gathers of the row-parallel ones are left. Nothing else is assumed to overlap with computation.
     """
     topology, spec, cluster, b = inputs.topology, inputs.spec, inputs.cluster, inputs.itemsize
     layers, hidden = spec.num_layers / topology.pp, spec.hidden_size * b * tokens / topology.cp
-    seconds = 0.0
-    if topology.tp > 1:  # two gathers and two scatters per layer in the forward pass, as many in the backward pass
-        seconds += 8 * layers * hidden * (topology.tp - 1) / topology.tp / cluster.link_speed(topology.tp)
+    forward = backward = 0.0
+    if topology.tp > 1:
+        message = layers * hidden * (topology.tp - 1) / topology.tp / cluster.link_speed(topology.tp)
+        forward, backward = 4 * message, 2 * message
     if topology.cp > 1:  # keys and values are gathered forward and backward, their gradients scattered
         heads = spec.num_kv_heads * spec.head_dim * 2 * b * tokens / topology.cp / topology.tp
-        seconds += 3 * layers * heads * (topology.cp - 1) / cluster.link_speed(topology.tp * topology.cp)
-    if spec.moe is not None and topology.ep > 1:  # to the experts and back, forward and backward
+        message = layers * heads * (topology.cp - 1) / cluster.link_speed(topology.tp * topology.cp)
+        forward, backward = forward + message, backward + 2 * message
+    if spec.moe is not None and topology.ep > 1:  # to the experts and back
         moe_layers = sum(spec.moe.layers) / topology.pp
         routed = hidden / (topology.tp if inputs.config.parallel.sequence_parallel else 1) * spec.moe.top_k
         speed = cluster.link_speed(topology.ep * topology.etp)
-        seconds += 4 * moe_layers * routed * (topology.ep - 1) / topology.ep / speed
-    return seconds
+        message = moe_layers * routed * (topology.ep - 1) / topology.ep / speed
+        forward, backward = forward + 2 * message, backward + 2 * message
+    return MessageSeconds(forward, backward)
 
 
 def _gradient_seconds(inputs: PlanInputs, static: StaticBytes) -> float:

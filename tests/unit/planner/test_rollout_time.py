@@ -36,8 +36,17 @@ def test_a_decode_step_has_an_overhead_that_more_ranks_do_not_reduce() -> None:
     # prompts of 100 tokens and completions of 0 to 1000, whose running mean is 1000 / 3
     assert step.memory == pytest.approx((WEIGHTS + 100 * (100 + 1000 / 3) * PER_TOKEN) / BANDWIDTH)
     assert step.compute == pytest.approx(100 * 2 * ACTIVE / (0.45 * 989e12))
-    assert (step.collectives, step.engine) == (0.0, 5e-3)
-    assert step.seconds == pytest.approx(step.memory + 5e-3)
+    assert step.collectives == 0.0
+    assert step.engine == pytest.approx(5e-3 - 100 * 12e-6)  # vLLM schedules while the GPU computes
+    assert step.seconds == pytest.approx(step.memory + step.engine)
+    assert decode_step(inputs, engine, 1000.0, ACTIVE).engine == 0.0
+
+
+def test_only_vllm_on_a_gpu_hides_its_scheduling() -> None:
+    for kind, gpu, seconds in (("vllm", GPU, 3.8e-3), ("sglang", GPU, 5e-3), ("vllm", gpu_named("cpu"), 5e-3)):
+        inputs, engine = case(engine={"kind": kind})
+        inputs = replace(inputs, cluster=replace(inputs.cluster, gpu=gpu))
+        assert decode_step(inputs, engine, 100.0, ACTIVE).engine == pytest.approx(seconds)
 
 
 def test_more_tensor_parallel_ranks_do_not_always_sample_faster() -> None:

@@ -1,7 +1,12 @@
-"""On Blackwell vLLM would reorder experts in place; with the program's arguments it keeps them as they were loaded."""
+"""Decisions of vLLM with the program's arguments on CUDA.
+
+On Blackwell it would reorder experts in place; with the arguments it keeps them as they were loaded. It schedules a
+step while the GPU computes the one before, which the planner counts.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -66,6 +71,34 @@ def choice_of_vllm(moe_backend: str, generation: int) -> Choice:
         for after, weight, old in zip(converted, (gate_up, down), before, strict=True)
     )
     return Choice(chosen.value, same)
+
+
+def schedules_ahead(folder: Path) -> bool | None:
+    """Return what vLLM decides before its CPU platform, which alone changes it, has the configuration."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.cpu import CpuPlatform
+
+    settings = VllmSettings(folder, "bf16", 1, 96, 8, 4096, 0)
+    arguments = engine_arguments(settings, spec_from_config(raw_family_config("qwen3"), "config.json"))
+    decided: list[bool | None] = []
+    change = CpuPlatform.check_and_update_config
+
+    def record(config: Any) -> None:
+        decided.append(config.scheduler_config.async_scheduling)
+        change(config)
+
+    with mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(record)):
+        config = EngineArgs(**(arguments | {"load_format": "dummy"})).create_engine_config()
+    assert config.scheduler_config.async_scheduling is False  # the CPU platform was asked
+    return decided[0]
+
+
+def test_vllm_schedules_ahead_with_the_program_s_arguments(recorder: ProcessPoolExecutor, tmp_path: Path) -> None:
+    if installed_fields("vllm") is None:
+        pytest.skip("vLLM is not installed here")
+    (tmp_path / "config.json").write_text(json.dumps(raw_family_config("qwen3")))
+    assert run(recorder, schedules_ahead, tmp_path) is True
+    assert "async_scheduling" in owned_fields("vllm", on_cuda=True)  # no config switches it off
 
 
 @pytest.mark.parametrize("generation", [9, 10])
