@@ -24,7 +24,7 @@ TEXT_RATIO = 0.45
 """Compressed bytes per byte of text."""
 ROW_BYTES = 6.0
 """Compressed rollout without tokens: reward, advantage and counters."""
-PART_BYTES = 7600.0
+PART_BYTES = 8600.0
 """A part without rollouts: metadata of all columns."""
 
 
