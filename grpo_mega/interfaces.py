@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.types import (
     AllowsUpdate,
     Completion,
@@ -245,6 +246,10 @@ class Engine(Protocol):
             RuntimeError: the engine is asleep, is being updated, or has no weights yet.
             ValueError: a prompt and its completion exceed the engine's maximum length.
         """
+        ...
+
+    def take_gauges(self) -> EngineGauges:
+        """Return the gauges since the last call. Only those of the first rank of an engine count."""
         ...
 
     def sleep(self) -> None:

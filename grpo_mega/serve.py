@@ -179,6 +179,7 @@ class Server:
             SampleCommand,
         )
 
+        gauges = None
         try:
             match command:
                 case MeetCommand():
@@ -187,10 +188,11 @@ class Server:
                     self._push(command)
                 case SampleCommand():
                     self._sample(command)
+                    gauges = self._engine.take_gauges()
         except (ValueError, KeyError, TypeError) as error:  # errors of the request, which every rank raises
             self._answer(CommandFailed(f"{type(error).__name__}: {error}"))
         else:
-            self._answer(CommandDone())
+            self._answer(CommandDone(gauges))
 
     def _meet(self, command: MeetCommand) -> None:
         import torch.distributed as dist

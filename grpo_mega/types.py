@@ -344,6 +344,7 @@ class UpdateStats:
 
     `fault` says that loss or gradient is not finite; then sums and norm may not be finite either. `is_made` is False if
     the optimizer step was not made. `non_finite_rows` are the microbatches of this rank whose loss is not finite.
+    `ratio_counts` are the loss tokens in each bin of observe/ratio_bins.py; empty for a loss without ratios.
     """
 
     grad_norm: float
@@ -353,6 +354,7 @@ class UpdateStats:
     fault: str | None = None
     is_made: bool = True
     non_finite_rows: tuple[int, ...] = ()
+    ratio_counts: tuple[float, ...] = ()
 
 
 AllowsUpdate = Callable[[UpdateStats], bool]

@@ -51,24 +51,34 @@ class EnvironmentSpec(Protocol):
 
 @dataclass(frozen=True)
 class EnvironmentDeclaration:
-    """The declaration of an environment; `stop` are the texts at which an answer ends."""
+    """The declaration of an environment; `stop` are the texts at which an answer ends.
+
+    A result that begins with `error` is counted as an error of the tool; None: no result is.
+    """
 
     stop: tuple[str, ...]
     check_args: Callable[..., None] | None = None
+    error: str | None = None
 
 
 def environment(
-    *, stop: Sequence[str] = (), check_args: Callable[..., None] | None = None
+    *, stop: Sequence[str] = (), check_args: Callable[..., None] | None = None, error: str | None = None
 ) -> Callable[[_Function], _Function]:
     """Declare that the decorated function is an environment.
 
     Args:
         stop: texts that end an answer; EOS ends it as well.
         check_args: called with the config's `args` before the run starts; raises UserError for a bad value.
+        error: beginning of a result that reports an error of the tool, which `rollout/tool_errors` counts.
+
+    Raises:
+        ValueError: `error` is empty: every result begins with it.
     """
+    if error == "":
+        raise ValueError("error='' of an environment must not be empty: every result begins with it")
 
     def declare(function: _Function) -> _Function:
-        setattr(function, _DECLARATION, EnvironmentDeclaration(tuple(stop), check_args))
+        setattr(function, _DECLARATION, EnvironmentDeclaration(tuple(stop), check_args, error))
         return function
 
     return declare
@@ -81,6 +91,7 @@ class Environment:
     function: Callable[..., Any]
     stop: tuple[str, ...]
     args: Mapping[str, Any]
+    error: str | None = None
 
     def __call__(self, prompt: str, turns: Sequence[Turn], reference: str) -> str | None:
         """Return the next result, or None to end the rollout.
@@ -104,4 +115,4 @@ def build_environment(spec: EnvironmentSpec) -> Environment:
     function = _ENVIRONMENTS.find(_KEY, spec.name)
     declaration = getattr(function, _DECLARATION, EnvironmentDeclaration(()))
     check_args(_KEY, spec.name, spec.args, function, ("", (), ""), declaration.check_args)
-    return Environment(function, declaration.stop, dict(spec.args))
+    return Environment(function, declaration.stop, dict(spec.args), declaration.error)

@@ -40,7 +40,7 @@ def check_calculator_args(digits: int = 4) -> None:
         raise UserError(f"digits={digits!r} must be a whole number from 0 to 20", remedy="remove it for the default, 4")
 
 
-@environment(stop=(CLOSE,), check_args=check_calculator_args)
+@environment(stop=(CLOSE,), check_args=check_calculator_args, error=ERROR)
 def calculator(prompt: str, turns: Sequence[Turn], reference: str, digits: int = 4) -> str | None:
     """Return the value of the `<<expression>>` at the end of the answer, or `error` if it cannot be computed.
 

@@ -31,6 +31,24 @@ class Reply:
     failure: str | None = None
 
 
+@dataclass
+class ReplyErrors:
+    """Number of replies that went wrong.
+
+    Attributes:
+        failures: environments that timed out, crashed or raised.
+        tool_errors: results that begin with the environment's `error` text.
+    """
+
+    failures: int = 0
+    tool_errors: int = 0
+
+    def add(self, other: ReplyErrors) -> None:
+        """Add other numbers."""
+        self.failures += other.failures
+        self.tool_errors += other.tool_errors
+
+
 @dataclass(frozen=True)
 class _Job:
     key: int
@@ -53,7 +71,8 @@ class EnvironmentPool:
     """
 
     def __init__(self, spec: EnvironmentSpec, *, workers: int, timeout_seconds: float) -> None:
-        build_environment(spec)
+        self._error = build_environment(spec).error
+        self._errors = ReplyErrors()
         self._name, self._timeout_seconds = spec.name, timeout_seconds
         self._setup = {"name": spec.name, "args": dict(spec.args), "timeout_seconds": timeout_seconds}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -99,12 +118,20 @@ class EnvironmentPool:
                 raise RuntimeError(f"environment workers cannot be restarted: {self._broken}") from self._broken
             replies, self._replies = self._replies, {}
         failures = [(key, reply.failure) for key, reply in replies.items() if reply.failure is not None]
+        self._errors.failures += len(failures)
+        if self._error is not None:
+            self._errors.tool_errors += sum((reply.result or "").startswith(self._error) for reply in replies.values())
         if failures:
             logger.warning(
                 "environment %s failed in %d of %d turns, whose rollouts score the floor; the first: key %d %s",
                 *(self._name, len(failures), len(replies), *failures[0]),
             )
         return replies
+
+    def take_errors(self) -> ReplyErrors:
+        """Return the errors of the replies that were collected since the last call."""
+        taken, self._errors = self._errors, ReplyErrors()
+        return taken
 
     def close(self) -> None:
         """Finish the queued jobs and end the workers. A second call does nothing."""

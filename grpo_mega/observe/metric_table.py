@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
+from grpo_mega.observe.engine_metric_rows import ENGINE_METRICS
 from grpo_mega.observe.hardware.metric_rows import MACHINE_METRICS
 from grpo_mega.observe.metric_row import (
     DATA,
@@ -285,6 +286,7 @@ METRICS: dict[str, Metric] = {
     "throughput/rollout_tokens_per_second": Metric(
         THROUGHPUT, "tokens per second", "tokens / s", "completion tokens per second of sampling"
     ),
+    **ENGINE_METRICS,
     "train/padding_fraction": Metric(
         THROUGHPUT, "padding", "fraction", "tokens of padding of all rows, of all tokens of the rows"
     ),
@@ -339,9 +341,10 @@ HISTOGRAMS: dict[str, tuple[str, str]] = {
     "reward/distribution": ("reward", "rewards of the step's rollouts"),
     "group/advantage_distribution": ("advantage", "advantages of the rollouts, the mean over tokens where they differ"),
     "rollout/length_distribution": ("tokens", "completion lengths"),
+    "train/ratio_distribution": ("ratio", "probability ratios of the loss tokens of all updates"),
     "train/mismatch_distribution": ("nats", "old_log_probs - sampler_log_probs of the tokens that the policy sampled"),
 }
-"""Name of a TensorBoard histogram -> unit and meaning. Each exists in every step with rollouts."""
+"""Name of a TensorBoard histogram -> unit and meaning. Each exists in every step with rollouts and an update."""
 
 
 @lru_cache(maxsize=4096)

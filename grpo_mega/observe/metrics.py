@@ -14,11 +14,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from grpo_mega.observe.atomic_files import to_json
 from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.distributions import distributions
 from grpo_mega.observe.group_texts import TokenTexts, group_texts
 from grpo_mega.observe.metric_table import require_known
+from grpo_mega.observe.ratio_bins import RATIO_LIMITS
 from grpo_mega.observe.rollout_files.columns import RolloutColumns
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.safe_text import html_text
@@ -101,14 +105,20 @@ class MetricsWriter:
         """Show the alarms that a step raised in TensorBoard."""
         self._submit_points(step, {}, {"alarms": _code_lines(texts)})
 
-    def show_rollouts(self, columns: RolloutColumns) -> None:
-        """Write the distributions of these rollouts and a few of their groups to TensorBoard."""
+    def show_rollouts(self, columns: RolloutColumns, ratio_counts: NDArray[np.float64]) -> None:
+        """Write the distributions of these rollouts and a few of their groups to TensorBoard.
+
+        Args:
+            columns: rollouts of this rank.
+            ratio_counts: loss tokens of the step's updates in the bins of ratio_bins.py; empty: there is none.
+        """
         if self._tensorboard is not None:
             tensorboard, shown, token_texts = self._tensorboard, self._groups_shown, self._token_texts
 
             def write() -> None:
                 texts = group_texts(columns, shown, token_texts)
                 tensorboard.write(columns.step, {}, histograms=distributions(columns), texts=texts)
+                tensorboard.write_counts(columns.step, "train/ratio_distribution", RATIO_LIMITS, ratio_counts)
 
             self._writer.submit(write)
 

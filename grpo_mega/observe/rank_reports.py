@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from grpo_mega.observe.atomic_files import to_json
+from grpo_mega.observe.engine_metrics import EngineWork, engine_metrics, wait_metrics
 from grpo_mega.observe.hardware.gpu import open_gpus
 from grpo_mega.observe.hardware.host import NodeReader, ProcessReader
 from grpo_mega.observe.hardware.reduction import gpu_metrics, host_metrics, rank_metrics
@@ -25,23 +26,25 @@ from grpo_mega.observe.timers import PhaseTimer
 MAX_TIMELINE_RANKS = 16
 """Ranks per step in the timeline: rank 0, the slowest one, and others at equal distances."""
 
-OwnSeconds = Callable[[], "WorkSeconds"]
-"""Returns the seconds since the last call."""
+MeasureWork = Callable[[], "RankWork"]
+"""Returns the work since the last call."""
 
 
 @dataclass(frozen=True)
-class WorkSeconds:
-    """Seconds in which a rank waits for no other model copy or engine replica.
+class RankWork:
+    """Work of a rank in a step, and the seconds in which it waited for no other model copy or engine replica.
 
     Attributes:
         passes: forward and backward passes of policy and critic, until their gradients are reduced.
         sampling: sampling of the rollouts of the step on this rank's engine.
         last_answers: part of `sampling` in which only the last rollouts were left.
+        engine: work of the engine, on the first rank of each prompt shard.
     """
 
     passes: float = 0.0
     sampling: float = 0.0
     last_answers: float = 0.0
+    engine: EngineWork | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class RankReport:
     Attributes:
         started: wall-clock time of the start of the step, in seconds since 1970.
         spans: (phase, start, seconds), starts from `started`.
-        work: seconds in which the rank did not wait for others.
+        seconds: length of the step on this rank.
+        work: seconds in which the rank did not wait for others, and the work of its engine.
         process: values of the rank's process.
         node: values of the node, on one rank of each node.
     """
@@ -60,9 +64,10 @@ class RankReport:
     hostname: str
     started: float
     spans: tuple[tuple[str, float, float], ...]
-    work: WorkSeconds = WorkSeconds()
+    work: RankWork = field(default_factory=RankWork)
     process: Mapping[str, float] = field(default_factory=dict)
     node: NodeReading | None = None
+    seconds: float = 0.0
 
     def phase_seconds(self) -> dict[str, float]:
         """Return the seconds of each phase."""
@@ -81,7 +86,7 @@ class RankReporter:
         timers: phases of this rank.
         num_gpus: GPUs that this process sees.
         environment: LOCAL_RANK 0 has the sampler of its node.
-        own_seconds: measures the work of this rank.
+        measure_work: measures the work of this rank.
     """
 
     def __init__(
@@ -92,9 +97,9 @@ class RankReporter:
         *,
         num_gpus: int,
         environment: Mapping[str, str] = os.environ,
-        own_seconds: OwnSeconds = WorkSeconds,
+        measure_work: MeasureWork = RankWork,
     ) -> None:
-        self._rank, self._world_size, self._timers, self._own_seconds = rank, world_size, timers, own_seconds
+        self._rank, self._world_size, self._timers, self._seconds_of_work = rank, world_size, timers, measure_work
         self._process = ProcessReader()
         is_first_of_node = environment.get("LOCAL_RANK", "0") == "0"
         self._sampler = NodeSampler(open_gpus(num_gpus), NodeReader()) if is_first_of_node else None
@@ -120,14 +125,15 @@ class RankReporter:
             socket.gethostname(),
             time.time() - seconds,
             tuple(self._timers.step_spans()),
-            self._own_seconds(),
+            self._seconds_of_work(),
             self._process.read(),
             None if self._sampler is None else self._sampler.take(),
+            seconds,
         )
 
 
 def report_metrics(reports: Sequence[RankReport]) -> dict[str, float]:
-    """Return the metrics `gpu/*`, `host/*` and `rank/*` of a step, from the reports of all ranks, rank 0 first.
+    """Return the metrics of machines, ranks and engines of a step, from the reports of all ranks, rank 0 first.
 
     `rank/slowest_ratio` is the slowest rank's `passes` + `sampling`, over the median of the other ranks.
     """
@@ -139,14 +145,17 @@ def report_metrics(reports: Sequence[RankReport]) -> dict[str, float]:
     sampling = sum(report.work.sampling for report in reports)
     if sampling > 0:
         found["rollout/last_answers_fraction"] = sum(report.work.last_answers for report in reports) / sampling
+    engines = [(report.work.engine, report.work.sampling) for report in reports]
+    found |= engine_metrics([(engine, seconds) for engine, seconds in engines if engine is not None])
+    found |= wait_metrics([(report.phase_seconds(), report.seconds, report.work.sampling) for report in reports])
     if len(reports) > 1:
         phases = [{f"{k}_seconds": v for k, v in report.phase_seconds().items()} for report in reports]
         found |= rank_metrics("rank", phases)
-        found |= _slowest([_own_seconds(report) for report in reports])
+        found |= _slowest([_seconds_of_work(report) for report in reports])
     return found
 
 
-def _own_seconds(report: RankReport) -> float:
+def _seconds_of_work(report: RankReport) -> float:
     return report.work.passes + report.work.sampling
 
 
@@ -183,6 +192,6 @@ def append_timeline(path: Path, step: int, reports: Sequence[RankReport]) -> Non
 def _timeline_ranks(reports: Sequence[RankReport]) -> list[RankReport]:
     if len(reports) <= MAX_TIMELINE_RANKS:
         return list(reports)
-    slowest = max(range(len(reports)), key=lambda i: _own_seconds(reports[i]))
+    slowest = max(range(len(reports)), key=lambda i: _seconds_of_work(reports[i]))
     spread = {round(i * (len(reports) - 1) / (MAX_TIMELINE_RANKS - 2)) for i in range(MAX_TIMELINE_RANKS - 1)}
     return [reports[i] for i in sorted(spread | {slowest})]

@@ -33,6 +33,20 @@ ROLLOUT_METRICS: dict[str, Metric] = {
     "rollout/turns_mean": Metric(
         ROLLOUTS, "turns", "turns", "mean answers of the policy per rollout; 1 without an environment"
     ),
+    "rollout/environment_failures": Metric(
+        ROLLOUTS,
+        "errors of environments",
+        "count",
+        "environments that timed out, crashed or raised; each ends its rollout",
+        _ENVIRONMENT,
+    ),
+    "rollout/tool_errors": Metric(
+        ROLLOUTS,
+        "errors of environments",
+        "count",
+        "results of the environment that report an error to the policy",
+        _ENVIRONMENT,
+    ),
     "rollout/result_tokens": Metric(
         ROLLOUTS, "tokens per step", "tokens", "part of `rollout/tokens` that the environment wrote", _ENVIRONMENT
     ),

@@ -6,7 +6,7 @@ Asserted by tests/unit/observe/test_tensorboard.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,35 @@ class TensorBoardWriter:
                 self._writer.add_histogram(name, values, step)
         for name, text in (texts or {}).items():
             self._writer.add_text(name, text, step)
+        self._writer.flush()
+
+    def write_counts(self, step: int, name: str, limits: Sequence[float], counts: Array) -> None:
+        """Add a histogram from the counts in its bins; nothing if all are 0.
+
+        Args:
+            step: step of the histogram.
+            name: its name.
+            limits: upper limit of each bin, ascending.
+            counts: number of values in each bin.
+        """
+        found = np.flatnonzero(counts)
+        if not found.size:
+            return
+        first, last = int(found[0]), int(found[-1])
+        upper = np.array(limits[first : last + 1])
+        lower = np.array([limits[max(0, first - 1)], *upper[:-1]])
+        middle, kept = (lower + upper) / 2, counts[first : last + 1]
+        self._writer.add_histogram_raw(
+            name,
+            min=float(lower[0]),
+            max=float(upper[-1]),
+            num=int(kept.sum()),
+            sum=float((middle * kept).sum()),
+            sum_squares=float((middle**2 * kept).sum()),
+            bucket_limits=upper.tolist(),
+            bucket_counts=kept.tolist(),
+            global_step=step,
+        )
         self._writer.flush()
 
     def finish(self) -> None:

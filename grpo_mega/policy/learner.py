@@ -212,7 +212,8 @@ class MegatronLearner:
         grad_norm = float(self.parts.optimizer.get_grad_norm())
         if fault is None and not math.isfinite(grad_norm):
             fault = f"the {owner}gradient norm is {grad_norm} although every loss is finite"
-        stats = UpdateStats(grad_norm, 0.0, sums, maxima, fault, non_finite_rows=tuple(report.non_finite_rows))
+        rows = tuple(report.non_finite_rows)
+        stats = UpdateStats(grad_norm, 0.0, sums, maxima, fault, True, rows, report.ratio_counts)
         return stats, outputs if self.ranks.is_last_stage else None
 
     def _step_if_allowed(self, stats: UpdateStats, learning_rate: float, allows: AllowsUpdate) -> UpdateStats:

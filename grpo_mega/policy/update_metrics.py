@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.observe.ratio_bins import RATIO_LIMITS
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import Microbatch
 
@@ -24,7 +25,8 @@ class UpdateReport:
     `sums["name"]` is the mean of a metric over all tokens, weighted by `token_weights` (0 if all weights are 0).
     `sums["loss"]` is the loss, the weighted sum of the token losses. `sums["loss_magnitude"]` is the weighted sum of
     their absolute values. `sums["entropy_p10"]` is the entropy below which 10 % of the weight of the tokens lies, from
-    a histogram with 16 bins per decade. `maxima["name"]` is the maximum over loss tokens.
+    a histogram with 16 bins per decade. `maxima["name"]` is the maximum over loss tokens. `ratio_counts` are the loss
+    tokens in the bins of observe/ratio_bins.py, known after `reduce`; empty without the metric `ratio`.
     """
 
     def __init__(self, ranks: Ranks, owner: str = "") -> None:
@@ -32,7 +34,9 @@ class UpdateReport:
         self._ranks, self._owner = ranks, owner
         self._rows: list[dict[str, Tensor]] = []
         self._maxima: list[dict[str, Tensor]] = []
-        self._entropy_bins = torch.zeros(_BINS, dtype=torch.float64, device=ranks.device)
+        self._bins = torch.zeros(_BINS + len(RATIO_LIMITS), dtype=torch.float64, device=ranks.device)
+        self._inner_limits = torch.tensor(RATIO_LIMITS[:-1], device=ranks.device)
+        self.ratio_counts: tuple[float, ...] = ()
         self.non_finite_rows: list[int] = []
         """Microbatches of this rank whose loss is not finite."""
 
@@ -47,7 +51,10 @@ class UpdateReport:
         row["loss_magnitude"] = (token_loss.detach().abs() * weights).sum()
         self._rows.append(row)
         if "entropy" in metrics:
-            self._entropy_bins += weight_bins(metrics["entropy"], weights)
+            self._bins[:_BINS] += weight_bins(metrics["entropy"], weights)
+        if "ratio" in metrics:
+            places = torch.bucketize(metrics["ratio"][mask], self._inner_limits)
+            self._bins[_BINS:] += torch.bincount(places, minlength=len(RATIO_LIMITS))
         self._maxima.append({n: v[mask].max() if bool(mask.any()) else v.new_zeros(()) for n, v in metrics.items()})
 
     def reduce(
@@ -62,7 +69,7 @@ class UpdateReport:
             dist.broadcast_object_list(names, src=dist.get_global_rank(pp_group, pp_group.size() - 1), group=pp_group)
         device = self._ranks.device
         sums = torch.zeros(len(names[0]), dtype=torch.float64, device=device)
-        bins = self._entropy_bins
+        bins = self._bins
         tops = torch.full((len(names[1]) + 1,), _FINITE, dtype=torch.float64, device=device)
         for row, top in zip(self._rows, self._maxima, strict=True):
             sums += torch.stack([row[n].double() for n in names[0]])
@@ -87,7 +94,9 @@ class UpdateReport:
         weight = found.pop(_WEIGHT)
         means = {n: v if n in _SUMMED else (v / weight if weight else 0.0) for n, v in found.items()}
         if "entropy" in means:
-            means["entropy_p10"] = quantile_of_bins(bins, 0.1)
+            means["entropy_p10"] = quantile_of_bins(bins[:_BINS], 0.1)
+        if "ratio" in means:
+            self.ratio_counts = tuple(bins[_BINS:].tolist())
         return means, dict(zip(names[1], tops[1:].tolist(), strict=True)), fault
 
 

@@ -1,4 +1,4 @@
-"""Measures when the rollouts of this rank's engine finish: how long sampling waits for the longest answers.
+"""Measures the sampling of this rank: its seconds, the wait for the longest answers, and the gauges of its engine.
 
 Asserted by tests/unit/rollout/test_answer_times.py.
 """
@@ -9,7 +9,10 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from grpo_mega.engine_gauges import EngineGauges
+from grpo_mega.environments.pool import ReplyErrors
 from grpo_mega.rollout.sampler import Generator
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
@@ -36,6 +39,7 @@ class AnswerTimes:
     def __init__(self, is_counted: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
         self.is_counted, self.clock = is_counted, clock
         self._sampling = self._last_answers = 0.0
+        self._gauges, self._reply_errors = EngineGauges(), ReplyErrors()
 
     def add(self, start: float, ends: Sequence[float], end: float) -> None:
         """Add one call.
@@ -50,6 +54,17 @@ class AnswerTimes:
         self._sampling += end - start
         self._last_answers += end - (sorted(ends)[-left - 1] if len(ends) > left else start)
 
+    def add_gauges(self, gauges: EngineGauges, errors: ReplyErrors) -> None:
+        """Add the readings of the engine and the errors of the environment in one call."""
+        self._gauges.add(gauges)
+        self._reply_errors.add(errors)
+
+    def take_gauges(self) -> tuple[EngineGauges, ReplyErrors]:
+        """Return the sums since the last call."""
+        taken = self._gauges, self._reply_errors
+        self._gauges, self._reply_errors = EngineGauges(), ReplyErrors()
+        return taken
+
     def take(self) -> AnswerSeconds:
         """Return the seconds since the last call."""
         found = AnswerSeconds(self._sampling, self._last_answers)
@@ -57,11 +72,33 @@ class AnswerTimes:
         return found
 
 
-class MeasuredGenerator:
-    """A generator that samples with another one and adds the times of its rollouts to `times`."""
+class ReportsErrors(Protocol):
+    """The part of the environment workers that is read here."""
 
-    def __init__(self, generator: Generator, times: AnswerTimes) -> None:
+    def take_errors(self) -> ReplyErrors:
+        """Return the errors since the last call."""
+        ...
+
+
+class MeasuredGenerator:
+    """A generator that samples with another one and adds the times of its rollouts to `times`.
+
+    Args:
+        generator: samples.
+        times: collects the measurements.
+        take_gauges: returns the gauges of the engine since the last call.
+        environments: environment workers of this rank, if any.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        times: AnswerTimes,
+        take_gauges: Callable[[], EngineGauges] = EngineGauges,
+        environments: ReportsErrors | None = None,
+    ) -> None:
         self._generator, self._times = generator, times
+        self._take_gauges, self._environments = take_gauges, environments
 
     def generate(
         self,
@@ -79,6 +116,9 @@ class MeasuredGenerator:
 
         start = self._times.clock()
         groups = self._generator.generate(prompts, sampling, measured)
+        gauges = self._take_gauges()
+        errors = ReplyErrors() if self._environments is None else self._environments.take_errors()
         if self._times.is_counted():
             self._times.add(start, ends, self._times.clock())
+            self._times.add_gauges(gauges, errors)
         return groups

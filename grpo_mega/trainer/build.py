@@ -150,7 +150,7 @@ def building(
             sampler = make_sampler(config, engine, workers, collectives, timers, model_folder, answers)
         evaluator = make_evaluator(config, sampler, held_out, collectives)
         shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, writer, model_folder)
-        observer = make_observer(shown, ranks, stack, own_work(policy, critic, answers))
+        observer = make_observer(shown, ranks, stack, own_work(policy, ranks, critic, answers))
         if progress is not None:
             progress.note(explain_batch(config, ranks.topology))
         job = TrainerState(

@@ -11,9 +11,10 @@ import torch
 from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.observe.background_writer import BackgroundWriter
+from grpo_mega.observe.engine_metrics import EngineWork
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.progress import Progress
-from grpo_mega.observe.rank_reports import OwnSeconds, RankReporter, WorkSeconds
+from grpo_mega.observe.rank_reports import MeasureWork, RankReporter, RankWork
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
@@ -44,18 +45,18 @@ class Shown:
     """Folder of the tokenizer with which TensorBoard shows tokens."""
 
 
-def make_observer(shown: Shown, ranks: Ranks, stack: ExitStack, own_seconds: OwnSeconds) -> Observer:
+def make_observer(shown: Shown, ranks: Ranks, stack: ExitStack, measure_work: MeasureWork) -> Observer:
     """Return the observer of this rank; `stack` closes it. It measures the node on one rank of each node.
 
     Args:
         shown: timers and the parts of the report.
         ranks: coordinates of this rank.
         stack: closes the observer.
-        own_seconds: measures the work of this rank.
+        measure_work: measures the work of this rank.
     """
     num_gpus = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
     reporter = RankReporter(
-        ranks.rank, ranks.topology.world_size, shown.timers, num_gpus=num_gpus, own_seconds=own_seconds
+        ranks.rank, ranks.topology.world_size, shown.timers, num_gpus=num_gpus, measure_work=measure_work
     )
     stack.callback(reporter.close)
     parts = None
@@ -77,19 +78,27 @@ def _work_metrics(shown: Shown, ranks: Ranks) -> WorkMetrics:
 
 
 def own_work(
-    policy: MegatronLearner, critic: MegatronLearner | None = None, answers: AnswerTimes | None = None
-) -> OwnSeconds:
+    policy: MegatronLearner,
+    ranks: Ranks,
+    critic: MegatronLearner | None = None,
+    answers: AnswerTimes | None = None,
+) -> MeasureWork:
     """Return the function that measures the work of this rank.
 
     Args:
         policy: measures its passes.
+        ranks: coordinates of this rank.
         critic: measures its passes, if there is one.
         answers: times of this rank's rollouts, if it samples any.
     """
 
-    def measure() -> WorkSeconds:
+    def measure() -> RankWork:
         passes = policy.take_work_seconds() + (0.0 if critic is None else critic.take_work_seconds())
-        found = AnswerSeconds() if answers is None else answers.take()
-        return WorkSeconds(passes, found.sampling, found.last_answers)
+        found, engine = AnswerSeconds(), None
+        if answers is not None:
+            found, (gauges, errors) = answers.take(), answers.take_gauges()
+            if ranks.at.engine_tp_rank == 0:
+                engine = EngineWork(ranks.at.replica, gauges, errors.failures, errors.tool_errors)
+        return RankWork(passes, found.sampling, found.last_answers, engine)
 
     return measure

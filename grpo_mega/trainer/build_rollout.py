@@ -90,7 +90,7 @@ def make_sampler(
     floor_of = partial(_lowest_reward, components)
     per_wave = config.sampling.prompts_per_wave
     if answers is not None:
-        generator = MeasuredGenerator(generator, answers)
+        generator = MeasuredGenerator(generator, answers, engine.take_gauges, workers.environments)
     names = [component.name for component in components]
     return Sampler(generator, workers.rewards, collectives, timers, per_wave, names, floor_of, ends_of, special_text_of)
 

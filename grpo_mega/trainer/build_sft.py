@@ -145,7 +145,7 @@ def building_sft(
                 )
         is_right = _never if engine_side is None else engine_side.evaluator.is_right
         shown = Shown(config, run, timers, peaks, progress, examples, is_right, spec, writer)
-        observer = make_observer(shown, ranks, stack, own_work(policy))
+        observer = make_observer(shown, ranks, stack, own_work(policy, ranks))
         if progress is not None:
             progress.note(explain_examples(config, ranks.topology, examples))
         saves = make_saves(config, ranks, checkpoints, stops, timers, progress, writer)

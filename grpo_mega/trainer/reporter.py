@@ -200,7 +200,7 @@ class RunReporter:
         """Write the rollouts, then the metrics line: if the line is on disk, so are the rollouts of this rank."""
         times, reports = self._timers.step_metrics(), self._ranks.gather()  # other ranks wait for the gather
         if self._parts is not None:
-            self._metrics.show_rollouts(self._parts.write(result))
+            self._metrics.show_rollouts(self._parts.write(result), result.ratio_counts)
         metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
         sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
         lengths = result.groups.table.num_tokens

@@ -65,6 +65,12 @@ class StepResult:
         """All rollouts of the step, equal on every rank."""
         return self.groups.table
 
+    @property
+    def ratio_counts(self) -> NDArray[np.float64]:
+        """Loss tokens of all updates in the bins of observe/ratio_bins.py; empty without an update."""
+        counts = [update.ratio_counts for update in self.updates if update.ratio_counts]
+        return np.sum(counts, axis=0) if counts else np.zeros(0)
+
     def metrics(self, num_replicas: int, is_right: IsRight, sets: Sequence[str] = ()) -> dict[str, float]:
         """Return all metrics except times, throughput and memory peaks. observe/metric_table.py describes each name.
 

@@ -91,6 +91,19 @@ def test_every_step_has_a_line_with_every_stable_metric(lines: list[dict[str, An
     assert lines[-1]["train/kl"] > lines[0]["train/kl"] > 0
 
 
+def test_the_gauges_of_the_engine_are_those_of_the_steps_rollouts(lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        num_rollouts = line["engine/running_requests_max"] + line["engine/waiting_requests_max"]
+        assert 0 < line["engine/running_requests_mean"] < num_rollouts
+        assert num_rollouts == PROMPTS * GROUP
+        assert 0 < line["engine/kv_cache_fraction_mean"] < line["engine/kv_cache_fraction_max"] <= 1
+        assert line["engine/prefix_hit_fraction"] == 0  # a prompt is shorter than a block of the KV cache
+        sampled = line["engine/tokens_per_second/0"] * line["time/rollout_seconds"]
+        assert sampled == pytest.approx(line["rollout/tokens"], rel=0.2)  # the phase is longer than sampling itself
+        assert line["time/engine_wait_seconds"] + line["time/policy_wait_seconds"] <= 1.2 * line["time/step_seconds"]
+        assert line["rollout/tool_errors"] == line["rollout/environment_failures"] == line["engine/preemptions"] == 0
+
+
 def test_no_guard_rule_holds_in_a_healthy_run(lines: list[dict[str, Any]]) -> None:
     """Neither in this run, nor if all rules were on with their default thresholds."""
     assert {line[f"guard/{name}"] for line in lines for name in ("warnings", "skipped_updates", "rollbacks")} == {0}

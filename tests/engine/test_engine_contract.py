@@ -20,6 +20,7 @@ import torch
 
 from grpo_mega.data.answer_ends import cut_at_stop
 from grpo_mega.data.chat import load_tokenizer
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import Completion, Prompt, SamplingOptions, TensorSlice
 from tests.helpers.engine_contract import (
@@ -109,6 +110,27 @@ def test_log_probs_and_version_follow_the_weights(engine: EngineRanks, models: d
     assert largest_log_prob_error(models["qwen3"], PROMPTS, after, 1.0) > 0.1
     assert {c.policy_version for group in before for c in group} == {0}
     assert {c.policy_version for group in after for c in group} == {7}
+
+
+def generate_and_take_gauges(session: RankSession) -> tuple[list[list[Completion]], EngineGauges, EngineGauges]:
+    generate(session, PROMPTS, SAMPLING)
+    session.engine.take_gauges()
+    groups = generate(session, PROMPTS, replace(SAMPLING, max_tokens=20, continues=True))
+    return groups, session.engine.take_gauges(), session.engine.take_gauges()
+
+
+def test_gauges_describe_the_requests_since_the_last_call(engine: EngineRanks) -> None:
+    groups, gauges, after = engine.call(generate_and_take_gauges)[0]
+    assert gauges.completion_tokens == sum(len(c.token_ids) for group in groups for c in group)
+    assert gauges.prompt_tokens == SAMPLING.group_size * sum(len(prompt.token_ids) for prompt in PROMPTS)
+    assert 0 < gauges.cached_tokens < gauges.prompt_tokens  # the prefixes of the first call
+    assert gauges.preemptions == 0
+    assert gauges.readings > 0
+    num_requests = SAMPLING.group_size * len(PROMPTS)
+    assert 0 < gauges.most_running <= num_requests
+    assert 0 < gauges.most_kv_cache <= 1
+    assert gauges.running <= gauges.readings * num_requests
+    assert after == EngineGauges()
 
 
 def test_rollouts_end_with_eos_or_at_max_tokens(engine: EngineRanks) -> None:

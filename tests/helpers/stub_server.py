@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.server.messages import ServingFacts
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice
 from tests.helpers.memory_ends import MemorySink, values
@@ -91,6 +92,9 @@ class StubEngine:
                 completion = Completion(ids, (-0.1,) * len(ids), "eos", version, f"{wrong} of {len(self.sink.memory)}")
                 on_completion(position, member, completion)
                 self._inject_fault("in sampling")
+
+    def take_gauges(self) -> EngineGauges:
+        return EngineGauges(readings=self.steps)
 
     def _inject_fault(self, where: str) -> None:
         what = self._fault.read_text() if self._fault.exists() else ""

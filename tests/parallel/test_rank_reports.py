@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_mega.observe.rank_reports import RankReport, RankReporter, WorkSeconds, report_metrics
+from grpo_mega.observe.rank_reports import RankReport, RankReporter, RankWork, report_metrics
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.types import Microbatch
 from tests.helpers.recorded_rollouts import LOSS, Layout, Recorded, make_rows, open_policy, with_recorded
@@ -28,7 +28,7 @@ def update_with_a_slow_rank(rank: int, recorded: Recorded, layout: Layout) -> li
     timers = PhaseTimer()
     reporter = RankReporter(
         rank, layout.world, timers, num_gpus=0, environment={"LOCAL_RANK": str(rank)},
-        own_seconds=lambda: WorkSeconds(passes=policy.take_work_seconds()),
+        measure_work=lambda: RankWork(passes=policy.take_work_seconds()),
     )  # fmt: skip
     policy.update(batch.microbatches, LOSS, 0.0)  # the first update allocates
     reporter.gather()

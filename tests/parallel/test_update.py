@@ -81,6 +81,8 @@ def test_losses_and_gradient_norms_equal_autograd_over_three_updates(
             assert stats.sums["clip_fraction"] > 0.01
             assert stats.sums["kl"] > 0.01
             assert stats.learning_rate == OPTIMIZER.lr
+            assert sum(stats.ratio_counts) == sum(map(len, expected.log_probs[1.0]))  # one ratio per loss token
+            assert np.count_nonzero(stats.ratio_counts) > 5
 
 
 @every_case

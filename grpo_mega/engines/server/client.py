@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.server.connection import ServerConnection, open_connection
 from grpo_mega.engines.server.messages import (
     ClaimAccepted,
@@ -85,6 +86,7 @@ class ServerClient:
         self._connection = _claim(name, address, token, facts, patience_seconds)
         self._awaits_answer = False  # the last command's answer is not complete
         self._steps = -1
+        self._gauges = EngineGauges()
         self._progress_time = time.monotonic()
 
     def start(self, command: Command) -> None:
@@ -116,6 +118,11 @@ class ServerClient:
         while self._wait("sync", 0.0):
             if self._read("sync") is not None:
                 raise RuntimeError(f"engine server {self.name} sent a rollout that was not requested")
+
+    def take_gauges(self) -> EngineGauges:
+        """Return the gauges of the sampling commands that were complete since the last call."""
+        taken, self._gauges = self._gauges, EngineGauges()
+        return taken
 
     def close(self) -> None:
         """Release the server for other jobs. A second call does nothing."""
@@ -153,8 +160,10 @@ class ServerClient:
                 return message
             case Heartbeat(steps=steps):
                 self._steps = steps
-            case CommandDone():
+            case CommandDone(gauges=gauges):
                 self._awaits_answer = False
+                if gauges is not None:
+                    self._gauges.add(gauges)
             case CommandFailed(reason=reason):
                 self._awaits_answer = False
                 raise RuntimeError(f"engine server {self.name} failed ({command}): {reason}")

@@ -16,6 +16,7 @@ from typing import Literal, cast
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
@@ -146,6 +147,10 @@ class ServerEngine:
         self._check_ready(prompts, sampling)
         limits = OutputLimits("the engine server", self._vocab_size, self.policy_version)
         return in_groups(self._rollouts(prompts, sampling), prompts, sampling, limits, on_completion)
+
+    def take_gauges(self) -> EngineGauges:
+        """Return the server's gauges since the last call; empty on all ranks of the group but the first."""
+        return EngineGauges() if self._client is None else self._client.take_gauges()
 
     def sleep(self) -> None:
         """Release nothing: the server's devices have no other user."""

@@ -21,9 +21,10 @@ from torch import Tensor
 
 import grpo_mega
 from grpo_mega.config.schema import Config
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of these messages and of their framing; must be raised with every change. Both sides must have the same."""
 
 Transport: TypeAlias = Literal["auto", "gloo", "nccl", "shared_memory", "cuda_ipc"]
@@ -161,7 +162,9 @@ class RolloutReply(EngineMessage, frozen=True):
 
 
 class CommandDone(EngineMessage, frozen=True):
-    """The command succeeded; it was the last message of its answer."""
+    """The command succeeded; it was the last message of its answer. `gauges` are those of sampling."""
+
+    gauges: EngineGauges | None = None
 
 
 class CommandFailed(EngineMessage, frozen=True):

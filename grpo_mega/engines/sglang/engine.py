@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.engine_rules import check_replica_gpus
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
@@ -99,6 +100,7 @@ class SglangEngine:
             raise
         self._sink = SglangSink(self._process, target, tensors)
         self._asleep: set[Resident] = set()
+        self._gauges = EngineGauges()
         self.steps = 0
         """Number of completions so far."""
 
@@ -131,6 +133,11 @@ class SglangEngine:
         self._check_ready(prompts, sampling)
         limits = OutputLimits("SGLang", self._vocab_size, self.policy_version)
         return in_groups(self._rollouts(prompts, sampling), prompts, sampling, limits, on_completion)
+
+    def take_gauges(self) -> EngineGauges:
+        """Return the gauges since the last call; empty on all ranks of the replica but the first."""
+        taken, self._gauges = self._gauges, EngineGauges()
+        return taken
 
     def sleep(self) -> None:
         """Release the KV cache, then the weights, which the next sync brings back.
@@ -227,4 +234,8 @@ class SglangEngine:
         """On the first rank: yield results and heartbeats of SGLang."""
         if self._process is not None:
             batch = self._requests.batch(prompts, sampling)
-            yield from self._process.stream("sample", batch, beat_seconds=self._ranks.beat_seconds)
+            for value in self._process.stream("sample", batch, beat_seconds=self._ranks.beat_seconds):
+                if isinstance(value, EngineGauges):
+                    self._gauges.add(value)
+                else:
+                    yield value

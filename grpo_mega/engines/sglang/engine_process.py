@@ -19,11 +19,13 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stubs, other_models
 from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch, pickled_tensors
 from grpo_mega.parallel.heartbeat import write_stacks_on_signal
@@ -38,6 +40,7 @@ if __name__ in ("__main__", "__mp_main__"):
     write_stacks_on_signal()
 
 _PR_SET_PDEATHSIG = 1
+_READING_SECONDS = 0.02  # between two looks at the load that the scheduler publishes in shared memory
 
 
 class Host:
@@ -65,13 +68,14 @@ class Host:
         self._run_in_schedulers("finish_update", {}, version=version)
         self._flush("finish_update")
 
-    def sample(self, batch: SamplingBatch) -> None:
-        """Sample a batch and send a `Sampled` for each request as soon as it is complete."""
+    def sample(self, batch: SamplingBatch) -> EngineGauges:
+        """Sample a batch, send a `Sampled` for each request as soon as it is complete, and return the gauges."""
+        gauges = EngineGauges()
         if not batch.keep_prefixes:
             self._flush("sample")
         self._run_in_schedulers("seed", {"seed": batch.seed})
         if not batch.prompts:
-            return
+            return gauges
         parts = self._engine.generate(
             input_ids=[list(ids) for ids in batch.prompts],
             sampling_params=list(batch.parameters),
@@ -79,13 +83,24 @@ class Host:
             return_routed_experts=batch.expert_choices,
             stream=True,
         )
+        seen = self._read_load(gauges, time.time())
+        next_reading = 0.0
         for part in parts:
+            if time.monotonic() >= next_reading:
+                seen, next_reading = self._read_load(gauges, seen), time.monotonic() + _READING_SECONDS
             meta = part["meta_info"]
             if meta["finish_reason"] is not None:
                 log_probs = tuple(entry[0] for entry in meta["output_token_logprobs"])
                 experts = base64.b64decode(meta["routed_experts"]) if batch.expert_choices else None
                 token_ids, finish = tuple(part["output_ids"]), meta["finish_reason"]
+                gauges.add_request(
+                    prompt_tokens=meta["prompt_tokens"],
+                    cached_tokens=meta["cached_tokens"],
+                    completion_tokens=len(token_ids),
+                    preemptions=meta["num_retractions"],
+                )
                 self._answer(Sampled(part["index"], token_ids, log_probs, finish, experts))
+        return gauges
 
     def release(self, tags: list[str]) -> None:
         """Release SGLang's memory of these kinds, once the schedulers are idle."""
@@ -99,6 +114,17 @@ class Host:
     def end(self) -> None:
         """End SGLang's own processes."""
         self._engine.shutdown()
+
+    def _read_load(self, gauges: EngineGauges, seen: float) -> float:
+        """Add the load that the scheduler published last, if that was after `seen`; return when it was published.
+
+        The scheduler writes it into shared memory (managers/load_snapshot.py) in any case; reading asks nothing of it.
+        """
+        for load in self._engine.tokenizer_manager.load_snapshot_reader.read_all():
+            if load.timestamp > seen:
+                gauges.add_reading(load.num_running_reqs, load.num_waiting_reqs, load.token_usage)
+                seen = load.timestamp
+        return seen
 
     def _flush(self, command: str) -> None:
         """Wait until the schedulers are idle and empty their prefix caches.

@@ -23,6 +23,7 @@ import torch
 
 from grpo_mega.data.answer_ends import eos_ids
 from grpo_mega.data.answer_text import answer_text
+from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
@@ -68,6 +69,7 @@ class VllmEngine:
         self._kv_cache = ReleasedStorages(runner.kv_caches)
         self._weights = ReleasedStorages(runner.model.parameters(), kept=runner.model.buffers())
         self._asleep: set[Resident] = set()
+        self._gauges = EngineGauges()
         self.steps = 0
         """Number of engine steps so far; an engine server reports it in its heartbeats."""
 
@@ -114,6 +116,11 @@ class VllmEngine:
         with _seeded(sampling.seed), _without_compilation(self._on_cuda):
             return in_groups(self._rollouts(prompts, sampling), prompts, sampling, limits, on_completion)
 
+    def take_gauges(self) -> EngineGauges:
+        """Return the gauges since the last call; every rank of a replica has the same ones."""
+        taken, self._gauges = self._gauges, EngineGauges()
+        return taken
+
     def sleep(self) -> None:
         """Release the KV cache and the weights, which the next sync brings back.
 
@@ -159,7 +166,9 @@ class VllmEngine:
         """Yield (prompt position, member, completion) as rollouts complete."""
         from vllm.inputs import tokens_input
 
+        scheduler = self._llm.engine_core.engine_core.scheduler
         places: dict[str, tuple[int, int]] = {}
+        requests: dict[str, Any] = {}  # vLLM's own, which count their preemptions
         for position, prompt in enumerate(prompts):
             parameters = self._parameters(sampling, sampling.max_tokens_of(position))
             for member in range(sampling.group_size):
@@ -168,14 +177,23 @@ class VllmEngine:
                 places[request_id] = (position, member)
                 if self._routing is not None and sampling.expert_choices:
                     self._routing.open(request_id, prompt.token_ids, sampling.max_tokens_of(position))
-                self._llm.add_request(request_id, tokens_input(list(prompt.token_ids)), parameters)
+                own_id = self._llm.add_request(request_id, tokens_input(list(prompt.token_ids)), parameters)
+                requests[request_id] = scheduler.requests[own_id]
         try:
             while self._llm.has_unfinished_requests():
                 outputs = self._llm.step()
                 self.steps += 1
+                running, waiting = scheduler.get_request_counts()
+                self._gauges.add_reading(running, waiting, scheduler.get_kv_cache_usage())
                 for output in outputs:
                     position, member = places.pop(output.request_id)
                     completion = self._completion(output.outputs[0])
+                    self._gauges.add_request(
+                        prompt_tokens=len(prompts[position].token_ids),
+                        cached_tokens=output.num_cached_tokens or 0,
+                        completion_tokens=len(completion.token_ids),
+                        preemptions=requests.pop(output.request_id).num_preemptions,
+                    )
                     if self._routing is not None and sampling.expert_choices:
                         tokens = (*prompts[position].token_ids, *completion.token_ids.tolist())
                         completion = replace(completion, expert_choices=self._routing.take(output.request_id, tokens))

@@ -13,7 +13,7 @@ import pytest
 from grpo_mega.config.rollout_sections import EnvironmentConfig
 from grpo_mega.environments.base import Turn, build_environment
 from grpo_mega.environments.calculator import MAX_BITS, calculator, evaluate, format_value
-from grpo_mega.environments.pool import EnvironmentPool, Reply
+from grpo_mega.environments.pool import EnvironmentPool, Reply, ReplyErrors
 from grpo_mega.types import UserError
 
 BAD = "tests.helpers.bad_environments"
@@ -96,6 +96,15 @@ def test_an_argument_that_json_cannot_hold_is_rejected_with_its_key(args: dict[s
         build_environment(spec(args=args))
 
 
+def test_results_that_report_an_error_are_counted_once() -> None:
+    with EnvironmentPool(spec("calculator"), workers=1, timeout_seconds=60.0) as made:
+        for key, answer in enumerate(["<<1/0>>", "<<x>>", "<<1+1>>", "7"]):
+            made.submit(key, "q", [Turn(answer)], "r")
+        assert {key: reply.result for key, reply in made.collect().items()} == {0: "error", 1: "error", 2: "2", 3: None}
+        assert made.take_errors() == ReplyErrors(tool_errors=2)
+        assert made.take_errors() == ReplyErrors()
+
+
 def test_failures_affect_no_other_turn(pool: EnvironmentPool, caplog: pytest.LogCaptureFixture) -> None:
     answers = ["hang", "crash", "raise", "number", "fine", "fine", "over"]
     for key, answer in enumerate(answers):
@@ -108,6 +117,7 @@ def test_failures_affect_no_other_turn(pool: EnvironmentPool, caplog: pytest.Log
         "raised ValueError: returned int, neither text nor None",
     ]
     assert [replies[key] for key in (4, 5, 6)] == [Reply("q|r|fine>None")] * 2 + [Reply()]
+    assert pool.take_errors() == ReplyErrors(failures=4)
     assert "failed in 4 of 7 turns, whose rollouts score the floor" in caplog.text
     pool.submit(0, "q", [Turn("fine")], "r")  # answered by the replacement processes
     assert pool.collect() == {0: Reply("q|r|fine>None")}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,6 +19,7 @@ from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.metric_row import SECTIONS
 from grpo_mega.observe.metric_table import HISTOGRAMS, METRICS, require_known
 from grpo_mega.observe.metrics import MetricsFileError, MetricsWriter
+from grpo_mega.observe.ratio_bins import RATIO_LIMITS
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.tensorboard import TensorBoardWriter
 from tests.helpers.observed_rollouts import columns_of_rollouts, make_rollout
@@ -170,7 +172,8 @@ def test_curves_hold_every_point(tmp_path: Path) -> None:
 def test_rollouts_are_histograms_and_texts_of_their_step(tmp_path: Path) -> None:
     rollouts = [make_rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)]
     with make_writer(tmp_path, tensorboard=True) as metrics:
-        metrics.show_rollouts(columns_of_rollouts(rollouts, [0.0, -1.0, 1.0], group_size=3))
+        counts = np.ones(len(RATIO_LIMITS))
+        metrics.show_rollouts(columns_of_rollouts(rollouts, [0.0, -1.0, 1.0], group_size=3), counts)
     found = read_curves(tmp_path)
     assert set(found.Tags()["histograms"]) == set(HISTOGRAMS) - {"train/mismatch_distribution"}  # it is not known
     (rewards,) = found.Histograms("reward/distribution")

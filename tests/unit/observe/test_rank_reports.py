@@ -13,7 +13,7 @@ from grpo_mega.observe.rank_reports import (
     MAX_TIMELINE_RANKS,
     RankReport,
     RankReporter,
-    WorkSeconds,
+    RankWork,
     append_timeline,
     report_metrics,
 )
@@ -26,7 +26,7 @@ def report(rank: int, sampling: float, *, started: float = 1000.0, node: bool = 
         f"host-{rank // 2}",
         started,
         (("rollout", 0.0, sampling), ("train", sampling, 2.0), ("rollout", sampling + 2, 0.5)),
-        WorkSeconds(passes=1.0, sampling=sampling, last_answers=0.25),
+        RankWork(passes=1.0, sampling=sampling, last_answers=0.25),
         {"rank_memory_bytes": 1e9 + rank, "open_files_fraction": 0.1},
         NodeReading(f"host-{rank // 2}", {"cpu_utilization": 0.5 + 0.1 * rank}) if node else None,
     )
@@ -82,8 +82,8 @@ def test_a_rank_measures_itself_and_the_first_rank_of_a_node_its_node() -> None:
     timers.start_step()
     with timers.phase("train"):
         pass
-    own = WorkSeconds(passes=3.0)
-    first = RankReporter(0, 1, timers, num_gpus=0, environment={"LOCAL_RANK": "0"}, own_seconds=lambda: own)
+    own = RankWork(passes=3.0)
+    first = RankReporter(0, 1, timers, num_gpus=0, environment={"LOCAL_RANK": "0"}, measure_work=lambda: own)
     second = RankReporter(0, 1, timers, num_gpus=0, environment={"LOCAL_RANK": "1"})
     (of_first,), (of_second,) = first.gather(), second.gather()
     first.close()

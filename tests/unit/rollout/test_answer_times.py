@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from grpo_mega.engine_gauges import EngineGauges
+from grpo_mega.environments.pool import ReplyErrors
 from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes, MeasuredGenerator
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
@@ -56,8 +58,21 @@ def test_the_last_tenth_is_waited_for(ends: list[float], last: float, expected: 
     assert times.take() == AnswerSeconds()
 
 
-def test_an_evaluation_does_not_count() -> None:
+class FailingEnvironments:
+    """Environment workers with one error per call."""
+
+    def take_errors(self) -> ReplyErrors:
+        return ReplyErrors(failures=1, tool_errors=2)
+
+
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_gauges_and_errors_are_summed_and_an_evaluation_does_not_count(is_counted: bool) -> None:
     generator = TimedGenerator([1.0], 1.0)
-    times = AnswerTimes(lambda: False, clock=lambda: generator.now)
-    MeasuredGenerator(generator, times).generate([PROMPT], REQUEST)
-    assert times.take() == AnswerSeconds()
+    times = AnswerTimes(lambda: is_counted, clock=lambda: generator.now)
+    measured = MeasuredGenerator(generator, times, lambda: EngineGauges(readings=5), FailingEnvironments())
+    for _ in range(2):
+        measured.generate([PROMPT], REQUEST)
+    calls = 2 if is_counted else 0
+    assert times.take_gauges() == (EngineGauges(readings=5 * calls), ReplyErrors(calls, 2 * calls))
+    assert times.take_gauges() == (EngineGauges(), ReplyErrors())
+    assert times.take() == (AnswerSeconds(2.0, 2.0) if is_counted else AnswerSeconds())
