@@ -28,7 +28,7 @@ from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.data.hub.fetch import with_hub_inputs
 from grpo_mega.parallel.error_report import report_error
-from grpo_mega.parallel.ports import free_port
+from grpo_mega.parallel.ports import free_port, is_loopback
 from grpo_mega.types import UserError
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def serve(config: Config, host: str, port: int) -> None:
     folder = model_folder_of(config)  # an engine with a tiny base reads only the other files, not the weights
     # longer than any wait of a job: the ranks of a server wait for each other while one of them waits for the job
     limit = 2 * config.guard.timeout_seconds + 60
-    init_ranks(Topology(tp, engine_tp=tp), limit)
+    init_ranks(Topology(tp, engine_tp=tp), limit, peers_elsewhere=not is_loopback(host))
     ranks = ReplicaBroadcast(tp, config.guard.timeout_seconds)
     engine = make_vllm_engine(config, folder)
     quiet_libraries()

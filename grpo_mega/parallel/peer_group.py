@@ -117,11 +117,6 @@ def job_peer_group() -> PeerGroup:
     return PeerGroup(group, dist.distributed_c10d._get_default_store())
 
 
-def open_store(timeout_seconds: float) -> TCPStore:
-    """Open a store on a free port, on all interfaces of this machine."""
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
-
-
 def find_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
     """Connect to a store that another rank opened.
 

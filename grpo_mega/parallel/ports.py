@@ -1,4 +1,4 @@
-"""TCP ports of this machine. Imports no torch: the launcher starts without it.
+"""TCP addresses and ports of this machine. Imports no torch: the launcher starts without it.
 
 Asserted by tests/unit/parallel/test_ports.py.
 """
@@ -12,6 +12,11 @@ from pathlib import Path
 _OUTGOING_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 20_000  # ports below are often those of services
 _TRIES = 50
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if `host` names this machine and other machines cannot connect to it."""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def port_is_free(port: int) -> bool:

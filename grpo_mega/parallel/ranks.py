@@ -14,7 +14,9 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from grpo_mega.parallel.ports import port_is_free
+from grpo_mega.parallel.loopback import keep_gloo_on_loopback, open_store
+from grpo_mega.parallel.peer_group import find_store
+from grpo_mega.parallel.ports import is_loopback, port_is_free
 from grpo_mega.parallel.topology import Coordinates, Topology
 from grpo_mega.types import UserError
 
@@ -43,8 +45,15 @@ class Ranks:
         return self.at.pp_rank == self.topology.pp - 1
 
 
-def init_ranks(topology: Topology, timeout_seconds: float) -> Ranks:
+def init_ranks(topology: Topology, timeout_seconds: float, *, peers_elsewhere: bool = False) -> Ranks:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (gloo, or NCCL with CUDA).
+
+    If MASTER_ADDR is loopback, the job's store and gloo listen on loopback only.
+
+    Args:
+        topology: layout of the job's ranks.
+        timeout_seconds: limit of each wait for other ranks.
+        peers_elsewhere: ranks of another program on other machines join process groups of this job later.
 
     Raises:
         UserError: MASTER_PORT is in use, MASTER_ADDR cannot be reached, or the machines hold different numbers of
@@ -61,7 +70,9 @@ def init_ranks(topology: Topology, timeout_seconds: float) -> Ranks:
     if not dist.is_initialized():
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agent already listens there
             _require_free(int(os.environ["MASTER_PORT"]))
-        _join(backend, timeout_seconds)
+        if is_loopback(os.environ["MASTER_ADDR"]) and not peers_elsewhere:
+            keep_gloo_on_loopback()
+        _join(backend, rank, topology.world_size, timeout_seconds)
     _require_even_machines(topology.world_size)
     return Ranks(topology, topology.coordinates(rank), device)
 
@@ -82,9 +93,21 @@ def device_index(local_rank: int, num_devices: int) -> int:
     return local_rank
 
 
-def _join(backend: str, timeout_seconds: float) -> None:
+def _join(backend: str, rank: int, world_size: int, timeout_seconds: float) -> None:
+    address, port, timeout = (
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        timedelta(seconds=timeout_seconds),
+    )
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        if is_loopback(address) and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agent has the store
+            if rank == 0:
+                store = open_store(address, port, timeout_seconds, world_size)
+            else:
+                store = find_store(address, port, timeout_seconds)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).split(" - ")[0].splitlines()[0]
         raise UserError(

@@ -16,6 +16,7 @@ from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.example_dataset import ExampleDataset
+from grpo_mega.engines.server.protocol import Address
 from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.parameter_tables import hf_shapes
@@ -57,7 +58,7 @@ def run_job(
     configure_logging(rank, coordinates)
     folder = model_folder_of(config)
     torch.use_deterministic_algorithms(config.run.deterministic)
-    ranks = init_ranks(topology, config.guard.timeout_seconds)
+    ranks = init_ranks(topology, config.guard.timeout_seconds, peers_elsewhere=_has_remote_servers(config))
     try:
         require_equal_inputs(resolved(config), data, held_out, ranks)
         with ExitStack() as lock:
@@ -96,6 +97,11 @@ def run_job(
                     raise
     finally:
         dist.destroy_process_group()
+
+
+def _has_remote_servers(config: Config) -> bool:
+    addresses = (Address.parse(url, "engine.urls") for url in config.engine.urls)
+    return any(not address.is_loopback for address in addresses)
 
 
 def _building(

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from grpo_mega.parallel.peer_group import find_store, join_peers, open_store, read_plain
+from grpo_mega.parallel.loopback import open_store
+from grpo_mega.parallel.peer_group import find_store, join_peers, read_plain
 from grpo_mega.parallel.topology import Topology
 from tests.helpers.ranks import RankPool
 
@@ -20,7 +22,7 @@ def exchange_objects(rank: int, folder: Path) -> tuple[list[object], list[float]
     """Exchange objects between ranks 0 and 1 of one program and rank 2 of another; default groups must not change."""
     program = dist.new_group([0, 1]) if rank < 2 else None
     if rank == 0:
-        store = open_store(30.0)
+        store = open_store("127.0.0.1", 0, 30.0)
         (folder / "tmp").write_text(str(store.port))
         (folder / "tmp").rename(folder / "port")
     dist.barrier()
@@ -48,7 +50,7 @@ def join_alone(rank: int, fault: str) -> str:
             raise RuntimeError(fault)
 
     with pytest.raises(RuntimeError) as caught:
-        join_peers(open_store(5.0), rank, ["rank 0", "engine server host:7"], 2.5, check_others)
+        join_peers(open_store("127.0.0.1", 0, 5.0), rank, ["rank 0", "engine server host:7"], 2.5, check_others)
     return str(caught.value)
 
 
@@ -76,5 +78,17 @@ def test_functions_and_foreign_classes_are_not_unpickled(value: object, name: st
 
 
 def test_functions_of_the_project_are_not_unpickled() -> None:
-    with pytest.raises(pickle.UnpicklingError, match=r"grpo_mega\.parallel\.peer_group\.open_store is not allowed"):
+    with pytest.raises(pickle.UnpicklingError, match=r"grpo_mega\.parallel\.loopback\.open_store is not allowed"):
         read_plain(pickle.dumps(open_store))
+
+
+@pytest.mark.parametrize(("host", "addresses"), [("127.0.0.1", {"127.0.0.1"}), ("0.0.0.0", {"::", "0.0.0.0"})])
+def test_a_store_on_loopback_is_not_on_other_interfaces(host: str, addresses: set[str]) -> None:
+    store = open_store(host, 0, 5.0)
+    bound = {
+        each.laddr.ip
+        for each in psutil.Process().net_connections("inet")
+        if each.status == psutil.CONN_LISTEN and each.laddr.port == store.port
+    }
+    assert bound
+    assert bound <= addresses

@@ -31,7 +31,9 @@ from grpo_mega.engines.server.messages import (
 )
 from grpo_mega.engines.server.protocol import Address, read_token
 from grpo_mega.interfaces import SinkRegion, SyncPeers, WeightSink
-from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_peers, open_store
+from grpo_mega.parallel.loopback import open_store
+from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_peers
+from grpo_mega.parallel.ports import is_loopback
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
 
 _PATIENCE_SHARE = 0.8  # of the timeout: the ranks that wait for the connecting rank have the whole timeout
@@ -172,13 +174,17 @@ class ServerEngine:
         names: list[str] = [""] * size
         dist.all_gather_object(names, where)
         names += [f"engine server {name}, rank {t} of {self._tp}" for name in self._names for t in range(self._tp)]
-        store = open_store(self._timeout) if dist.get_rank() == 0 else None
-        shared = [None if store is None else (store.port, [_local_address(each) for each in self._addresses])]
+        master, store, shared = os.environ.get("MASTER_ADDR", "127.0.0.1"), None, [None]
+        if dist.get_rank() == 0:
+            own = [_local_address(each) for each in self._addresses]
+            remote = [each for each in (master, *own) if not is_loopback(each)]
+            store = open_store(remote[0] if remote else master, 0, self._timeout)
+            shared = [(store.port, own)]
         dist.broadcast_object_list(shared, src=0)
         assert shared[0] is not None, "rank 0 broadcast the store's addresses"
         port, addresses = shared[0]
         if store is None:
-            store = find_store(os.environ.get("MASTER_ADDR", "127.0.0.1"), port, self._timeout)
+            store = find_store(master, port, self._timeout)
         if self._client is not None:
             index = self._names.index(self._client.name)
             self._client.start(

@@ -18,6 +18,7 @@ from typing import Literal
 import zmq
 from zmq.utils import z85
 
+from grpo_mega.parallel.ports import is_loopback
 from grpo_mega.types import UserError
 
 TOKEN_VARIABLE = "GRPO_MEGA_SERVER_TOKEN"
@@ -64,11 +65,6 @@ class Address:
     def is_loopback(self) -> bool:
         """True if only processes of this machine can connect to this address."""
         return is_loopback(self.host)
-
-
-def is_loopback(host: str) -> bool:
-    """Return True if `host` names this machine and other machines cannot connect to it."""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def read_token(env: Mapping[str, str] = os.environ) -> bytes:
