@@ -37,6 +37,7 @@ COMMANDS = {
     "score": Command("score", "score a file of completions with a reward"),
     "fp8-report": Command("fp8_report", "report the quantization error of a model's weights in FP8"),
     "rollouts": Command("rollouts", "print the rollouts of a step of a run"),
+    "replay": Command("replay", "make a recorded step again, and name the first stage that differs"),
     "chaos": Command("chaos", "disturb small runs with signals, and check that each ends as the undisturbed run"),
     "report": Command("report", "make the HTML report of a run, or compare two runs"),
     "watch": Command("watch", "follow a run from another terminal, read-only"),

@@ -113,7 +113,7 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan) -> StepTime:
 def _policy_passes(config: Config) -> float:
     """Return the fraction of the batch whose log-probs before the update need a pass of the policy.
 
-    The first update's forward pass gives those of the first minibatch (trainer/loop.py).
+    The first update's forward pass gives those of the first minibatch (trainer/learning.py).
     """
     algorithm, minibatches = config.algorithm, config.train.minibatches_per_epoch
     if algorithm.old_log_probs == "sampler":

@@ -22,7 +22,8 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.trainer.example_batch import build_example_batch
-from grpo_mega.trainer.loop import push_weights, update
+from grpo_mega.trainer.learning import update
+from grpo_mega.trainer.loop import push_weights
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
 from grpo_mega.trainer.run_guard import RunGuard

@@ -15,7 +15,8 @@ from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.row_plan import RowShape
 from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.trainer.batch import TrainBatch, build_batch
-from grpo_mega.trainer.loop import TrainerState, sampled_old_log_probs, update, with_log_probs
+from grpo_mega.trainer.learning import sampled_old_log_probs, update, with_log_probs
+from grpo_mega.trainer.loop import TrainerState
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.trainer.run_guard import RunGuard

@@ -91,7 +91,8 @@ class OurSide:
     def train_only(self, completions: list[list[int]]) -> dict[str, Any]:
         """Compute advantages, pack and update on given completions; the weight sync after it is not timed."""
         from grpo_mega.checkpoint.manager import LoopState
-        from grpo_mega.trainer.loop import make_batch, push_weights, update, with_log_probs
+        from grpo_mega.trainer.learning import make_batch, update, with_log_probs
+        from grpo_mega.trainer.loop import push_weights
 
         groups = self._groups(completions)
         clock = Stopwatch()

@@ -174,7 +174,8 @@ class ServerEngine:
         names: list[str] = [""] * size
         dist.all_gather_object(names, where)
         names += [f"engine server {name}, rank {t} of {self._tp}" for name in self._names for t in range(self._tp)]
-        master, store, shared = os.environ.get("MASTER_ADDR", "127.0.0.1"), None, [None]
+        master, store = os.environ.get("MASTER_ADDR", "127.0.0.1"), None
+        shared: list[tuple[int, list[str]] | None] = [None]
         if dist.get_rank() == 0:
             own = [_local_address(each) for each in self._addresses]
             remote = [each for each in (master, *own) if not is_loopback(each)]

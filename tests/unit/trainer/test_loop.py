@@ -19,14 +19,8 @@ from grpo_mega.data.row_plan import RowShape
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import build_batch
-from grpo_mega.trainer.loop import (
-    TrainerState,
-    sampled_old_log_probs,
-    state_bytes,
-    update,
-    update_critic,
-    with_log_probs,
-)
+from grpo_mega.trainer.learning import sampled_old_log_probs, update, update_critic, with_log_probs
+from grpo_mega.trainer.loop import TrainerState, state_bytes
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats
