@@ -32,7 +32,7 @@ def open_store(host: str, port: int, timeout_seconds: float, world_size: int | N
         host: address of this machine. If it is loopback, other machines cannot connect; else all interfaces listen.
         port: 0 selects a free one.
         timeout_seconds: limit of each wait.
-        world_size: number of processes that must connect before this call returns; None: it does not wait.
+        world_size: processes that must connect, each with this number, before this returns; None: it does not wait.
 
     Raises:
         DistNetworkError, DistStoreError: the port is in use, or not all processes connected in time.

@@ -13,9 +13,9 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed has the name, and its type hints do not
 
 from grpo_mega.parallel.loopback import keep_gloo_on_loopback, open_store
-from grpo_mega.parallel.peer_group import find_store
 from grpo_mega.parallel.ports import is_loopback, port_is_free
 from grpo_mega.parallel.topology import Coordinates, Topology
 from grpo_mega.types import UserError
@@ -104,7 +104,7 @@ def _join(backend: str, rank: int, world_size: int, timeout_seconds: float) -> N
             if rank == 0:
                 store = open_store(address, port, timeout_seconds, world_size)
             else:
-                store = find_store(address, port, timeout_seconds)
+                store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)

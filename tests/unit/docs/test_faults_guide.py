@@ -1,4 +1,4 @@
-"""docs/faults.md: its commands are those that the launcher and `grpo-mega chaos` accept.
+"""docs/faults.md: its commands are those that the launcher, `grpo-mega replay` and `grpo-mega chaos` accept.
 
 tests/e2e/test_chaos.py disturbs real runs; tests/unit/launch/test_restarts.py starts failed ones again.
 """
@@ -6,15 +6,19 @@ tests/e2e/test_chaos.py disturbs real runs; tests/unit/launch/test_restarts.py s
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
+
+import pytest
 
 from grpo_mega.cli.chaos_cases import SCENARIOS
-from grpo_mega.cli.main import COMMANDS
+from grpo_mega.cli.main import COMMANDS, main
 from grpo_mega.config.load import load_config
 from grpo_mega.launch.restarts import take_restarts
 from tests.helpers.guides import shell_blocks
 from tests.helpers.jobs import REPOSITORY
 
-RESTARTED, CHAOS = (shlex.split(block) for block in shell_blocks("faults.md"))
+RESTART_BLOCK, REPLAY_BLOCK, CHAOS_BLOCK = shell_blocks("faults.md")
+RESTARTED, CHAOS = shlex.split(RESTART_BLOCK), shlex.split(CHAOS_BLOCK)
 
 
 def test_the_restarted_command_has_a_config_and_a_number_of_restarts() -> None:
@@ -22,6 +26,17 @@ def test_the_restarted_command_has_a_config_and_a_number_of_restarts() -> None:
     restarts, overrides = take_restarts(rest)
     assert (program, restarts) == ("launch/train.sh", 2)
     assert load_config(REPOSITORY / config, overrides).train.steps == 4
+
+
+@pytest.mark.parametrize("line", REPLAY_BLOCK.strip().splitlines())
+def test_the_replay_commands_are_accepted_up_to_the_run_folder(
+    line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program, *words = shlex.split(line)
+    assert program == "grpo-mega"
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith("error: RUN_DIR=RUN_DIR has no config.yaml")
 
 
 def test_the_disturbed_runs_are_those_of_a_scenario() -> None:
