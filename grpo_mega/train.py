@@ -188,6 +188,13 @@ def prepare(config: Config) -> Prepared:
 
 def run_worker(prepared: Prepared, stops: StopRequests) -> None:
     """Run the job to its end. A failing rank exits at once, so that its launcher ends the other ranks."""
+    try:
+        _run_worker(prepared, stops)
+    except Interrupted as interrupted:  # also while an error is reported
+        _exit_interrupted(interrupted)
+
+
+def _run_worker(prepared: Prepared, stops: StopRequests) -> None:
     from grpo_mega.observe.log import FILE_ONLY
     from grpo_mega.trainer.run import run_job
     from grpo_mega.trainer.run_guard import GuardStopError
@@ -197,8 +204,6 @@ def run_worker(prepared: Prepared, stops: StopRequests) -> None:
     except Stopped as stopped:
         again = f"{stopped}; this command continues the run: launch/train.sh {_arguments()}\n"
         _exit(stopped.code, again if os.environ["RANK"] == "0" else "")
-    except Interrupted as interrupted:
-        _exit_interrupted(interrupted)
     except UserError as error:  # for example a port in use, a run folder with another config, or a damaged checkpoint
         report_error(error)
         _exit(2)

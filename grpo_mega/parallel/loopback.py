@@ -25,27 +25,24 @@ def keep_gloo_on_loopback() -> None:
     os.environ.setdefault(_INTERFACE_VARIABLE, "lo")
 
 
-def open_store(host: str, port: int, timeout_seconds: float, world_size: int | None = None) -> TCPStore:
+def open_store(host: str, port: int, timeout_seconds: float) -> TCPStore:
     """Open a store in this process.
 
     Args:
         host: address of this machine. If it is loopback, other machines cannot connect; else all interfaces listen.
         port: 0 selects a free one.
         timeout_seconds: limit of each wait.
-        world_size: processes that must connect, each with this number, before this returns; None: it does not wait.
 
     Raises:
-        DistNetworkError, DistStoreError: the port is in use, or not all processes connected in time.
+        OSError, DistNetworkError: the port is in use.
     """
-    timeout, waits = timedelta(seconds=timeout_seconds), world_size is not None
+    timeout = timedelta(seconds=timeout_seconds)
     if not is_loopback(host):
-        return TCPStore(host, port, world_size, is_master=True, wait_for_workers=waits, timeout=timeout)
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout)
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(address)
     port = int(listener.getsockname()[1])
     descriptor = listener.detach()  # the store closes it
-    return TCPStore(
-        host, port, world_size, is_master=True, wait_for_workers=waits, timeout=timeout, master_listen_fd=descriptor
-    )
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=descriptor)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # torch.distributed has the name, and its type hints do not
 
 from grpo_mega.parallel.loopback import keep_gloo_on_loopback, open_store
+from grpo_mega.parallel.peer_group import find_store
 from grpo_mega.parallel.ports import is_loopback, port_is_free
 from grpo_mega.parallel.topology import Coordinates, Topology
 from grpo_mega.types import UserError
@@ -94,27 +95,45 @@ def device_index(local_rank: int, num_devices: int) -> int:
 
 
 def _join(backend: str, rank: int, world_size: int, timeout_seconds: float) -> None:
-    address, port, timeout = (
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        timedelta(seconds=timeout_seconds),
-    )
+    address, timeout = os.environ["MASTER_ADDR"], timedelta(seconds=timeout_seconds)
+    if is_loopback(address) and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agent has the store
+        store = _store_of_machine(address, int(os.environ["MASTER_PORT"]), rank, world_size, timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return
     try:
-        if is_loopback(address) and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agent has the store
-            if rank == 0:
-                store = open_store(address, port, timeout_seconds, world_size)
-            else:
-                store = TCPStore(address, port, world_size, is_master=False, timeout=timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).split(" - ")[0].splitlines()[0]
         raise UserError(
-            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}: not all "
+            f"MASTER_ADDR={address}, MASTER_PORT={os.environ.get('MASTER_PORT')}: not all "
             f"ranks connected within {timeout_seconds:g} s ({reason})",
             remedy="set MASTER_ADDR to the address of the machine of rank 0 and start all ranks",
         ) from error
+
+
+def _store_of_machine(address: str, port: int, rank: int, world_size: int, timeout_seconds: float) -> TCPStore:
+    """Return the store of a job on one machine after all ranks have connected to it.
+
+    Raises:
+        RuntimeError: a rank did not connect in time (names it): it exited, or its process is stopped.
+    """
+    keys = [f"connected/{each}" for each in range(world_size)]
+    missing = "0"  # unless its store can say more
+    try:
+        is_host = rank == 0
+        store = open_store(address, port, timeout_seconds) if is_host else find_store(address, port, timeout_seconds)
+        store.set(keys[rank], "")
+        try:
+            store.wait(keys, timedelta(seconds=timeout_seconds))
+            return store
+        except dist.DistStoreError:
+            missing = ", ".join(str(each) for each, key in enumerate(keys) if not store.check([key]))
+    except (dist.DistNetworkError, dist.DistStoreError):
+        pass
+    raise RuntimeError(
+        f"rank {missing} of {world_size} did not connect within {timeout_seconds:g} s (guard.timeout_seconds): it "
+        "exited, its process is stopped, or this machine is overloaded"
+    )
 
 
 def _require_even_machines(world_size: int) -> None:

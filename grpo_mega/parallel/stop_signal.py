@@ -41,10 +41,10 @@ class Stopped(Exception):  # noqa: N818 - it is not an error
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM ended the process before training started. `code`: of its exit."""
+    """SIGINT or SIGTERM ended the process before it trained. `code`: of its exit."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"interrupted before training started (exit code {code})")
+        super().__init__(f"interrupted before this command trained; it can be repeated (exit code {code})")
         self.code = code
 
 
