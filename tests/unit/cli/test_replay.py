@@ -1,4 +1,4 @@
-"""What `grpo-mega replay` finds in a run folder, its errors, and how it names a difference."""
+"""Inputs of `grpo-mega replay` in a run folder, its errors, and the first stage that differs."""
 
 from __future__ import annotations
 
