@@ -200,7 +200,9 @@ class Engine(Protocol):
     def policy_version(self) -> int:
         """Number of updates behind the weights; -1 before the first sync."""
 
-    steps: int  # so far, or completions of an engine in other processes; it grows while the engine makes progress
+    @property
+    def steps(self) -> int:
+        """Number of engine steps so far, or of completions of an engine in other processes; shows its progress."""
 
     @property
     def sink(self) -> WeightSink:

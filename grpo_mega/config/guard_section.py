@@ -164,3 +164,5 @@ class GuardConfig(Section):
     """Conditions on the rollouts and the gradient of a step, and their actions."""
     max_rollbacks: int = Field(3, ge=0)
     """Number of rollbacks of the run (`rollback`) before a rule with this action stops it."""
+    max_engine_rebuilds: int = Field(2, ge=0)
+    """How often the engines are rebuilt after a failure of sampling, per start of the run, before it ends."""

@@ -11,16 +11,22 @@ Asserted by tests/e2e/test_quickstart.py (tokens per replica add up) and tests/e
 from __future__ import annotations
 
 import hashlib
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
+
+from grpo_mega.observe.log import FILE_ONLY
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
+
+log = logging.getLogger(__name__)
 
 
 class Generator(Protocol):
@@ -78,6 +84,10 @@ def locate_step_tokens(
     )
 
 
+class SamplingFailedError(RuntimeError):
+    """The engine of a rank failed, or returned what cannot be right. Raised on every rank; no rollout was used."""
+
+
 class Sampler:
     """Sampler over all engine replicas and reward workers of a job."""
 
@@ -120,8 +130,33 @@ class Sampler:
             seed_of: values from which, with wave and prompt shard, the seed is derived (`derived_seed`).
 
         Raises:
+            SamplingFailedError: on every rank, if an engine failed on one.
             RuntimeError: the engines did not return one rollout per request.
         """
+        failure = None
+        try:
+            mine = self._sample_own(prompts, request, seed_of)
+        except ValueError:  # of the request, on every rank
+            raise
+        except Exception as error:  # engines raise anything
+            failure, mine = f"{type(error).__name__}: {error}", {}
+            log.warning("sampling failed on this rank", exc_info=error, extra=FILE_ONLY)
+        self._require_no_failure(failure)
+        group_size = request.group_size
+        with self._timers.phase("reward"):  # most completions were scored during sampling
+            return SampledGroups.gather(
+                prompts,
+                group_size,
+                self._scored_rollouts(prompts, group_size, mine),
+                share=self._ranks.at.share,
+                component_names=self._component_names,
+                sum_over_ranks=self._collectives.sum,
+            )
+
+    def _sample_own(
+        self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]
+    ) -> dict[int, Completion]:
+        """Sample the prompts of this shard, and start their scoring. Return the completions by row of the step."""
         group_size, at = request.group_size, self._ranks.at
         mine: dict[int, Completion] = {}
         wave_size = self._prompts_per_wave or max(1, len(prompts))
@@ -143,15 +178,19 @@ class Sampler:
 
             seed = derived_seed(*seed_of, wave, at.share)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
-        with self._timers.phase("reward"):  # most completions were scored during sampling
-            return SampledGroups.gather(
-                prompts,
-                group_size,
-                self._scored_rollouts(prompts, group_size, mine),
-                share=at.share,
-                component_names=self._component_names,
-                sum_over_ranks=self._collectives.sum,
-            )
+        return mine
+
+    def _require_no_failure(self, failure: str | None) -> None:
+        """Raise SamplingFailedError on every rank if `failure` describes one on any rank. Collective."""
+        mine = np.zeros(self._collectives.world_size)
+        mine[self._ranks.rank] = failure is not None
+        failed = np.flatnonzero(self._collectives.sum(mine)).tolist()
+        if not failed:
+            return
+        if self._scorer is not None:
+            self._scorer.collect()  # of rollouts that are sampled again
+        where = f"rank {', '.join(map(str, failed))}"
+        raise SamplingFailedError(f"sampling failed on {where}: {failure or 'the log of that rank has the reason'}")
 
     def _scored_rollouts(
         self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, Completion]

@@ -30,7 +30,6 @@ from grpo_mega.observe.log import quiet_libraries
 from grpo_mega.observe.memory import PhasePeaks, device_peak
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunFolder, RunState
-from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.heartbeat import heartbeat_of_this_rank
@@ -46,7 +45,8 @@ from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.batch import explain_batch
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
 from grpo_mega.trainer.build_rollout import make_sampler, start_workers
-from grpo_mega.trainer.loop import TrainerState, push_weights, train
+from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
+from grpo_mega.trainer.loop import TrainerState, evaluate, push_weights, train
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
@@ -81,12 +81,12 @@ class BuiltJob:
             first = push_weights(job, self.state)
             known = self.run_state.previous is not None and self.run_state.previous.eval_before is not None
             is_new = self.run_state.status == "fresh" or self.state.step == 0  # a fork starts at a later step
-            before = self._evaluate() if is_new and not known else None
+            before = evaluate(job, self.state) if is_new and not known else None
             observer.started(first.policy_digest, before)
-            self.rollbacker.train_to_end(
+            last = self.rollbacker.train_to_end(
                 lambda state: train(job, state), self.state, lambda state: push_weights(job, state)
             )
-            after = self._evaluate()
+            after = evaluate(job, last)
             if job.config.checkpoint.export_hf:
                 with job.phases.reading_weights():
                     export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
@@ -94,12 +94,6 @@ class BuiltJob:
         except BaseException as error:
             observer.failed(error)
             raise
-
-    def _evaluate(self) -> Evaluation | None:
-        if self.job.evaluator is None:
-            return None
-        with self.job.phases.sampling(), self.job.timers.phase("evaluation"):
-            return self.job.evaluator.evaluate()
 
 
 @contextmanager
@@ -141,10 +135,13 @@ def building(
             stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = with_changed_kl(state.over(prompts.digest, same_run=run.status == "continued"), run.changes)
-            engine = phases.start_engine(lambda: make_engine(config, model_folder, run.folder.logs, stack))
+            engine = phases.start_engine(
+                lambda: RebuildableEngine(lambda: make_configured_engine(config, model_folder, run.folder.logs))
+            )
+            stack.callback(engine.close)
             quiet_libraries()
             with phases.reading_weights():
-                sync = make_sync(config, policy, engine, ranks)
+                sync = RebuildableSync(lambda: make_sync(config, policy, engine, ranks))
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             answers = AnswerTimes(lambda: timers.current == "rollout")
             sampler = make_sampler(config, engine, workers, collectives, timers, model_folder, answers)
@@ -162,6 +159,7 @@ def building(
             objective=Objective(config.algorithm, config.sampling.max_tokens),
             phases=phases,
             sync=sync,
+            engines=EngineRebuilds(engine, sync, phases, config.guard.max_engine_rebuilds),
             saves=make_saves(config, ranks, checkpoints, stops, timers, progress, writer),
             evaluator=evaluator if held_out is not None else None,
             timers=timers,

@@ -15,10 +15,13 @@ from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.row_plan import RolloutCost
 from grpo_mega.interfaces import Critic, Policy
+from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableSync
 from grpo_mega.trainer.guarded_step import check_rollouts, finish_guarded_step
 from grpo_mega.trainer.learning import learn, mean_advantages
 from grpo_mega.trainer.mismatch import Differences
@@ -49,7 +52,8 @@ class TrainerState:
     critic: Critic | None
     objective: Objective
     phases: Phases
-    sync: WeightSync
+    sync: WeightSync | RebuildableSync
+    engines: EngineRebuilds
     saves: SavePoints
     evaluator: Evaluator | None
     timers: PhaseTimer
@@ -75,9 +79,7 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
         job.guard.start_step(step)
-        with job.phases.sampling(), timers.phase("rollout"):
-            rollbacks = job.guard.rollbacks
-            groups = job.groups.sample(step, rollbacks.prompts_step_of(step), rollbacks.attempt_of(step))
+        groups = sample_groups(job, state, step)
         job.saves.stop_before_updates(job.policy, state)
         check_rollouts(job.guard, groups, job.is_right)
         objective = job.objective.at(state.kl_coef)
@@ -91,7 +93,7 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
         job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
         synced = push_weights(job, state)
-        evaluate_if_due(job, step)
+        evaluate_if_due(job, state)
         kl_coef = objective.algorithm.kl_coef
         waited = job.saves.wait_seconds
         result = StepResult(
@@ -112,6 +114,38 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         job.observer.step(result)
         job.saves.end_step(step)
     return state
+
+
+def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGroups:
+    """Sample the groups of a step; `state` is that before the step. Collective.
+
+    Raises:
+        RuntimeError: see `EngineRebuilds.sample`.
+    """
+    rollbacks = job.guard.rollbacks
+
+    def sample() -> SampledGroups:
+        with job.phases.sampling(), job.timers.phase("rollout"):
+            return job.groups.sample(step, rollbacks.prompts_step_of(step), rollbacks.attempt_of(step))
+
+    return job.engines.sample(sample, lambda: push_weights(job, state))
+
+
+def evaluate(job: TrainerState, state: LoopState) -> Evaluation | None:
+    """Return the evaluation of the weights after `state`; None without held-out prompts. Collective.
+
+    Raises:
+        RuntimeError: see `EngineRebuilds.sample`.
+    """
+    evaluator = job.evaluator
+    if evaluator is None:
+        return None
+
+    def sample() -> Evaluation:
+        with job.phases.sampling(), job.timers.phase("evaluation"):
+            return evaluator.evaluate()
+
+    return job.engines.sample(sample, lambda: push_weights(job, state))
 
 
 def state_bytes(job: TrainerState) -> dict[str, int]:
@@ -139,7 +173,7 @@ class SyncingJob(Protocol):
         ...
 
     @property
-    def sync(self) -> WeightSync:
+    def sync(self) -> WeightSync | RebuildableSync:
         """Connection of policy and engines."""
         ...
 
@@ -163,10 +197,10 @@ def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:
         )
 
 
-def evaluate_if_due(job: TrainerState, step: int) -> None:
+def evaluate_if_due(job: TrainerState, state: LoopState) -> None:
     """Evaluate every `evaluation.every` steps. The first and the last evaluation are outside of the loop."""
     every = job.config.evaluation.every
-    if job.evaluator is not None and every is not None and step % every == 0 and step < job.config.train.steps:
-        with job.phases.sampling(), job.timers.phase("evaluation"):
-            evaluation = job.evaluator.evaluate()
-        job.observer.evaluated(evaluation)
+    if every is not None and state.step % every == 0 and state.step < job.config.train.steps:
+        evaluation = evaluate(job, state)
+        if evaluation is not None:
+            job.observer.evaluated(evaluation)

@@ -68,6 +68,13 @@ class Phases:
         engine.sleep()
         return engine
 
+    def rebuild_engine(self, rebuild: Callable[[], object]) -> None:
+        """Offload policy and critic, let `rebuild` replace the engine, which has failed, and let the new one sleep."""
+        self._weights_current = self._cache_awake = False
+        self._hold()
+        rebuild()
+        self._started_engine.sleep()
+
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Give the device to the engine.

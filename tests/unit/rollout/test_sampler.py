@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.rollout.sampler import Sampler, derived_seed, locate_step_tokens
+from grpo_mega.rollout.sampler import Sampler, SamplingFailedError, derived_seed, locate_step_tokens
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
 from tests.helpers.thread_ranks import on_ranks, one_rank
@@ -176,6 +176,33 @@ def test_each_wave_and_replica_has_its_own_seed() -> None:
 def test_missing_rollouts_of_an_engine_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="19 of 21 rollouts"):
         sample_on_ranks(Topology(1), 7, per_wave=None, lost=2)
+
+
+def test_a_failure_of_one_engine_is_raised_on_every_rank_and_its_scores_are_dropped() -> None:
+    class FailingEngine(ScriptedEngine):
+        def generate(self, *arguments: Any) -> None:
+            super().generate(*arguments)
+            raise KeyError("a request is lost")
+
+    class CountingScorer(ScriptedScorer):
+        collected = 0
+
+        def collect(self) -> dict[int, Reward]:
+            self.collected += 1
+            return super().collect()
+
+    def sample(transfer: RolloutTransfer) -> tuple[str, int]:
+        engine = FailingEngine() if transfer.ranks.rank == 1 else ScriptedEngine()
+        scorer = CountingScorer()
+        sampler = Sampler(cast("Engine", engine), scorer, transfer.collectives, PhaseTimer(), None)
+        with pytest.raises(SamplingFailedError) as raised:
+            sampler.sample(prompts_of(4), REQUEST, SEED_OF)
+        return str(raised.value), scorer.collected
+
+    for rank, (message, collected) in enumerate(on_ranks(Topology(2), sample)):
+        assert message.startswith("sampling failed on rank 1: ")
+        assert ("KeyError" in message) == (rank == 1)
+        assert collected == 1
 
 
 def test_no_prompts_give_no_rollouts() -> None:

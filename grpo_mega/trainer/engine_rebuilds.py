@@ -1,0 +1,163 @@
+"""Rebuilds the engines of all ranks after a failure of sampling, in the processes that are running, and samples again.
+
+A failure on any rank is raised on all (`rollout.sampler.SamplingFailedError`). Then every rank closes its engine,
+builds it again, connects it with the policy, and receives the weights. The step is sampled again with the same seeds,
+so the run equals one without the failure. Engines of servers are connected again, after the server was started again.
+A failure of the device itself (a sticky CUDA error) cannot be repaired in the process: the rebuild fails, the run ends
+with exit code 1, and `launch/train.sh --restarts N` continues it.
+Asserted by tests/unit/trainer/test_engine_rebuilds.py and tests/e2e/test_engine_failure.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+from grpo_mega.engine_gauges import EngineGauges
+from grpo_mega.interfaces import Engine, SyncPeers, WeightSink
+from grpo_mega.rollout.sampler import SamplingFailedError
+from grpo_mega.trainer.phases import Phases
+from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
+from grpo_mega.weight_sync.sync import SyncReport, WeightSync
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class RebuildableEngine:
+    """`Engine` that passes every call to the present engine of this rank."""
+
+    def __init__(self, make: Callable[[], Engine]) -> None:
+        """Build the first engine by `make`, which is collective."""
+        self._make, self._engine, self._steps_before = make, make(), 0
+
+    def rebuild(self) -> None:
+        """Close the engine and build another one. Collective."""
+        self._steps_before += self._engine.steps
+        try:
+            self._engine.close()
+        except Exception as error:  # it has failed before
+            log.warning("closing the engine that failed: %s", error)
+        self._engine = self._make()
+
+    @property
+    def policy_version(self) -> int:
+        """Number of updates behind the weights; -1 before the first sync."""
+        return self._engine.policy_version
+
+    @property
+    def steps(self) -> int:
+        """Steps of all engines so far."""
+        return self._steps_before + self._engine.steps
+
+    @property
+    def sink(self) -> WeightSink:
+        """The engine's end of a weight sync on this rank."""
+        return self._engine.sink
+
+    def sync_peers(
+        self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str
+    ) -> SyncPeers | None:
+        """Connect with the ranks of engine servers; see `Engine.sync_peers`."""
+        return self._engine.sync_peers(shapes, where, bucket_bytes=bucket_bytes, transport=transport)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample; see `Engine.generate`."""
+        return self._engine.generate(prompts, sampling, on_completion)
+
+    def take_gauges(self) -> EngineGauges:
+        """Return the gauges since the last call."""
+        return self._engine.take_gauges()
+
+    def sleep(self) -> None:
+        """Release KV cache and weights."""
+        self._engine.sleep()
+
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Allocate the memory that `sleep` released."""
+        self._engine.wake(what)
+
+    def close(self) -> None:
+        """Free all resources."""
+        self._engine.close()
+
+
+class RebuildableSync:
+    """The present connection of policy and engines on this rank, with the members of `WeightSync` that a run uses."""
+
+    def __init__(self, make: Callable[[], WeightSync]) -> None:
+        """Build the first connection by `make`, which is collective."""
+        self._make, self._sync = make, make()
+
+    def rebuild(self) -> None:
+        """Connect the policy with new engines. Collective."""
+        self._sync = self._make()
+
+    @property
+    def count(self) -> int:
+        """Number of pushes to the present engines that succeeded."""
+        return self._sync.count
+
+    def push(self, policy_version: int, *, verify: bool) -> SyncReport:
+        """Transfer the policy's weights; see `WeightSync.push`."""
+        return self._sync.push(policy_version, verify=verify)
+
+    def describe_checks(self) -> str:
+        """Describe what the last push checked, for messages."""
+        return self._sync.describe_checks()
+
+
+class EngineRebuilds:
+    """Samples, with rebuilds of the engines after failures.
+
+    Args:
+        engine: of this rank.
+        sync: of this rank.
+        phases: state of the device.
+        limit: number of rebuilds of this start of the run (`guard.max_engine_rebuilds`).
+    """
+
+    def __init__(self, engine: RebuildableEngine, sync: RebuildableSync, phases: Phases, limit: int) -> None:
+        self._engine, self._sync, self._phases, self._limit = engine, sync, phases, limit
+        self.count = 0
+        """Rebuilds so far."""
+
+    def sample(self, action: Callable[[], T], push: Callable[[], object]) -> T:
+        """Return the result of `action`, which samples, and repeats it after each rebuild. Collective.
+
+        Args:
+            action: samples; it has no effect if it fails.
+            push: sends the weights to the engines.
+
+        Raises:
+            RuntimeError: it failed more often than allowed, or the engines cannot be rebuilt.
+        """
+        while True:
+            try:
+                return action()
+            except SamplingFailedError as error:
+                reason = str(error)  # without the frames of the failed call, which hold the engine
+            self.count += 1
+            if self.count > self._limit:
+                raise RuntimeError(
+                    f"{reason}; the engines were rebuilt {self.count - 1} times before, as often as "
+                    f"guard.max_engine_rebuilds={self._limit} allows"
+                )
+            log.warning("%s; the engines are rebuilt (%d of %d), and the samples are drawn again", reason, self.count,
+                        self._limit)  # fmt: skip
+            self._rebuild(reason)
+            push()
+
+    def _rebuild(self, reason: str) -> None:
+        try:
+            self._phases.rebuild_engine(self._engine.rebuild)
+            with self._phases.reading_weights():
+                self._sync.rebuild()
+        except UserError as error:  # the config was valid before: a server is gone, or memory is missing
+            raise RuntimeError(f"{reason}; the engines cannot be rebuilt: {error}") from error
