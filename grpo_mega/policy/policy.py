@@ -95,14 +95,20 @@ class MegatronPolicy(MegatronLearner):
     ) -> tuple[UpdateStats, list[Tensor] | None]:
         """Run one optimizer step; also return the log-probabilities before the step, as `log_probs` does.
 
-        `allows` gets the statistics before the step, which is not made if it returns False.
+        `allows` gets the statistics before the step. If it returns False, the step is not made, and the weights and the
+        routers' correction biases stay as they are.
 
         Raises:
             RuntimeError: by default, if loss or gradient is not finite (names rank and microbatch); the weights are
                 unchanged.
         """
+        biases = [(bias, bias.clone()) for bias in correction_biases(self.parts.models)]
         stats, outputs = self._with_balance(microbatches, loss)
-        return self._step_if_allowed(stats, rate, allows), outputs
+        stats = self._step_if_allowed(stats, rate, allows)
+        if not stats.is_made:
+            for bias, before in biases:  # the backward pass has moved them
+                bias.copy_(before)
+        return stats, outputs
 
     def backward(self, microbatches: Sequence[Microbatch], loss: TokenLoss) -> tuple[UpdateStats, list[Tensor] | None]:
         """Compute the gradient and statistics of an update without the optimizer step. The learning rate in them is 0.

@@ -103,6 +103,23 @@ def train_biases(rank: int, recorded: Recorded, layout: Layout, rate: float, fol
     return biases
 
 
+def skip_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the biases after one update, and after another one that is skipped."""
+    policy = open_moving(rank, recorded, layout, RATE)
+    batch = with_recorded(make_rows(rank, recorded, layout), recorded)
+    policy.update(batch.microbatches, LOSS, 0.0)
+    before = biases_of(policy)
+    policy.update(batch.microbatches, LOSS, 0.0, lambda _: False)
+    return before, biases_of(policy)
+
+
+@pytest.mark.parametrize("layout", [ONE, pytest.param(Layout(2, ep=2), marks=pytest.mark.long)], ids=str)
+def test_a_skipped_update_moves_no_bias(rank_pool: RankPool, recorded: Recorded, layout: Layout) -> None:
+    for before, after in rank_pool.call(layout.world, skip_update, recorded, layout):
+        assert any(bias.any() for bias in before.values())
+        assert all((after[name] == bias).all() for name, bias in before.items())
+
+
 def load_biases(rank: int, recorded: Recorded, folder: Path) -> dict[str, Any]:
     policy = open_moving(rank, recorded, ONE, RATE)
     policy.load(folder)
