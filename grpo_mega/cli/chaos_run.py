@@ -35,6 +35,7 @@ _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "NNODES", "NODE
 _TIMED = (
     "time/",
     "throughput/",
+    "engine/",
     "sync/gb_per_second",
     "sync/verify_seconds",
     "memory/",

@@ -141,6 +141,10 @@ def _states_of(optimizer: Any, parameter: Tensor) -> dict[str, Tensor]:
     group, order = optimizer.model_param_group_index_map[parameter]
     main = optimizer.optimizer.param_groups[group]["params"][order]
     is_new = main not in optimizer.optimizer.state
+    if is_new and optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+        # Transformer Engine's Adam makes the main parameter in its first step, from the parameter, and
+        # distrib_optimizer.py:1090 would not find it
+        return {"param": main.detach().float()}
     states: dict[str, Tensor] = optimizer._get_main_param_and_optimizer_states(parameter)
     if is_new:  # the read has added an empty entry, which placeholder_steps (fixes.py) would take for a state
         optimizer.optimizer.state.pop(main, None)

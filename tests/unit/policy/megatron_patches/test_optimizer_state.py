@@ -60,3 +60,28 @@ def test_a_save_does_not_collect_garbage(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "gc.collect()" in inspect.getsource(DistributedOptimizer.sharded_state_dict)  # the patch is still needed
     vars(sys.modules[DistributedOptimizer.__module__])["gc"].collect()
     assert not collected.called
+
+
+class AdamWithoutState(torch.optim.SGD):
+    """An optimizer before its first step, as Transformer Engine's Adam with moments in bf16."""
+
+
+def test_before_the_first_step_the_main_parameter_of_bf16_moments_is_the_parameter() -> None:
+    """The real method, of Megatron, finds no main parameter then."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.5], dtype=torch.bfloat16))
+    optimizer = mock.Mock(
+        config=mock.Mock(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True),
+        optimizer=AdamWithoutState([parameter], lr=0.1),
+        model_param_group_index_map={parameter: (0, 0)},
+    )
+    optimizer._get_main_param_and_optimizer_states = lambda each: (
+        DistributedOptimizer._get_main_param_and_optimizer_states(optimizer, each)
+    )
+    with pytest.raises(KeyError, match="master_param"):
+        optimizer._get_main_param_and_optimizer_states(parameter)
+    optimizer.optimizer.state.clear()
+    states = optimizer_state._states_of(optimizer, parameter)
+    assert states.keys() == {"param"}
+    assert states["param"].dtype == torch.float32
+    assert states["param"].tolist() == [1.0, -2.5]
+    assert not optimizer.optimizer.state
