@@ -179,7 +179,7 @@ class ChaosRuns:
         try:
             yield process
         finally:
-            _end_with_children(process)
+            kill_with_children(process)
 
     def _left_behind(self, shared_memory: set[str]) -> list[str]:
         """Return what is left of all runs after 15 s at the latest: processes, shared memory, temporary files."""
@@ -281,10 +281,8 @@ def _is_running(process: psutil.Popen) -> bool:
     return process.poll() is None
 
 
-def _end_with_children(process: psutil.Popen) -> None:
-    """Kill the process and its children, if they are still running; a server has no other end."""
-    if not _is_running(process):
-        return
+def kill_with_children(process: psutil.Popen) -> None:
+    """Kill the process and all of its children by process id, if they are running, and wait for their end."""
     tree = []
     with suppress(psutil.NoSuchProcess):
         tree = [*process.children(recursive=True), process]
@@ -292,3 +290,4 @@ def _end_with_children(process: psutil.Popen) -> None:
         with suppress(psutil.NoSuchProcess):
             member.kill()
     psutil.wait_procs(tree, timeout=10)
+    process.wait(10)

@@ -74,6 +74,18 @@ class Fields:
         """Return a real number."""
         return float(self._checked(names[0], self.take(*names, default=default), number=float))
 
+    def items(self, *names: str, kind: type, default: Sequence[Any] | None = None) -> list[Any] | None:
+        """Return a list whose items have the type `kind`; None without a default if it is missing or null."""
+        value = self.take(*names, default=default)
+        if value is None:
+            return None
+        if not isinstance(value, (list, tuple)) or not all(type(each) is kind for each in value):
+            raise UserError(
+                f"{self.where}: {names[0]}={_json(value)} must be a list of {kind.__name__}",
+                remedy="download the file again",
+            )
+        return list(value)
+
     def flag(self, *names: str, default: bool = False) -> bool:
         """Return a boolean."""
         value = self.take(*names, default=default)
@@ -120,7 +132,11 @@ class Fields:
         return value
 
     def _checked(self, name: str, value: Any, number: type) -> Any:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and number(value) == value
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        try:
+            ok = ok and number(value) == value
+        except (ValueError, OverflowError):  # not finite, or beyond float
+            ok = False
         if not ok:
             raise UserError(f"{self.where}: {name}={_json(value)} must be a number", remedy="download the file again")
         return value

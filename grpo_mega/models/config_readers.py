@@ -18,6 +18,7 @@ from grpo_mega.models.spec import FP8_BLOCK, ClampedGate, MlaSpec, ModelSpec, Mo
 from grpo_mega.types import UserError
 
 _SCALINGS = ("linear", "llama3", "yarn")
+_MOST_LAYERS = 100_000  # a larger number is a damaged file, and would take all memory
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def _common(
     rope = read_rope(fields, max_positions, kinds, theta=theta, fraction=fraction)
     return {
         "family": fields.family,
-        "num_layers": fields.whole("num_hidden_layers"),
+        "num_layers": _num_layers(fields),
         "hidden_size": hidden,
         "ffn_size": fields.whole("intermediate_size"),
         "num_heads": heads,
@@ -61,6 +62,16 @@ def _common(
         "qkv_bias": False,
         "qk_norm": False,
     }
+
+
+def _num_layers(fields: Fields) -> int:
+    found = fields.whole("num_hidden_layers")
+    if not 1 <= found <= _MOST_LAYERS:
+        raise UserError(
+            f"{fields.where}: num_hidden_layers={found} must be between 1 and {_MOST_LAYERS}",
+            remedy="download the file again",
+        )
+    return found
 
 
 def _is_block_fp8(found: dict[str, Any]) -> bool:
@@ -82,7 +93,7 @@ def _no_partial_rotary(fields: Fields, common: dict[str, Any]) -> dict[str, Any]
 
 def _no_sliding_window(fields: Fields) -> None:
     """Reject sliding windows; `sliding_window` and `max_window_layers` have no effect while windows are off."""
-    sliding = "sliding_attention" in (fields.take("layer_types") or ())
+    sliding = "sliding_attention" in (fields.items("layer_types", kind=str) or ())
     if fields.flag("use_sliding_window") or sliding:
         fields.reject("use_sliding_window=true")
     fields.unused("sliding_window", "max_window_layers")
@@ -121,7 +132,10 @@ def read_qwen3_moe(fields: Fields) -> ModelSpec:
     _no_biases(fields)
     _no_sliding_window(fields)
     common = _no_partial_rotary(fields, _common(fields, _SCALINGS))
-    step, dense = fields.whole("decoder_sparse_step", default=1), fields.take("mlp_only_layers", default=[])
+    step = fields.whole("decoder_sparse_step", default=1)
+    dense = fields.items("mlp_only_layers", kind=int, default=[]) or ()
+    if step < 1:
+        fields.reject(f"decoder_sparse_step={step}")
     moe = MoeSpec(
         layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(common["num_layers"])),
         num_experts=fields.whole("num_experts", "num_local_experts"),
@@ -189,7 +203,7 @@ def read_gpt_oss(fields: Fields) -> ModelSpec:
     fields.only("attention_bias", True)
     fields.unused("initial_context_length")  # repeats rope_scaling
     common = _no_partial_rotary(fields, _common(fields, _SCALINGS, theta=150000.0, eps=1e-5))
-    window, kinds = fields.maybe_whole("sliding_window"), fields.take("layer_types")
+    window, kinds = fields.maybe_whole("sliding_window"), fields.items("layer_types", kind=str)
     if kinds is None:
         kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(common["num_layers"])]
     if len(kinds) != common["num_layers"]:
@@ -335,8 +349,9 @@ def spec_from_config(raw: dict[str, Any], where: str) -> ModelSpec:
     Raises:
         UserError: the architecture or a field is not supported.
     """
-    architecture = (raw.get("architectures") or ["(none)"])[0]
-    if architecture not in READERS:
+    named = raw.get("architectures") or ["(none)"]
+    architecture = named[0] if isinstance(named, list) else named
+    if not isinstance(architecture, str) or architecture not in READERS:
         raise UserError(
             f"{where}: architectures={architecture} is not supported", remedy=f"use one of {', '.join(READERS)}"
         )

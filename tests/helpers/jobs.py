@@ -7,14 +7,14 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from grpo_mega.cli.chaos_run import depends_on_time
+from grpo_mega.cli.chaos_run import depends_on_time, kill_with_children
 from grpo_mega.observe.rollout_files.reader import read_rows
 from grpo_mega.observe.run_folder import RunFolder
 
@@ -72,18 +72,6 @@ def running_job(arguments: Sequence[str], output: Path, env: Mapping[str, str] |
             yield process
         finally:
             kill_with_children(process)
-
-
-def kill_with_children(process: psutil.Popen) -> None:
-    """Kill the process and all of its children by process id."""
-    tree = []
-    with suppress(psutil.NoSuchProcess):
-        tree = [*process.children(recursive=True), process]
-    for member in tree:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(tree, timeout=10)
-    process.wait(10)
 
 
 def run_job(

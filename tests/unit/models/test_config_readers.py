@@ -108,6 +108,25 @@ def test_contradicting_fields_are_an_error(changes: dict[str, Any], key: str) ->
     assert "contradict each other" in error_of("llama", **changes)
 
 
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("llama", "vocab_size", float("nan")),
+        ("llama", "num_hidden_layers", float("inf")),
+        ("llama", "rms_norm_eps", 10**400),
+        ("llama", "architectures", {"x": []}),
+        ("llama", "architectures", [{"name": "x"}]),
+        ("llama", "layer_types", 3),
+        ("qwen3_moe", "mlp_only_layers", False),
+        ("qwen3_moe", "mlp_only_layers", ["x"]),
+        ("qwen3_moe", "decoder_sparse_step", 0),
+        ("qwen3_moe", "num_hidden_layers", 10**30),
+    ],
+)
+def test_a_value_of_a_damaged_file_is_named(family: str, field: str, value: Any) -> None:
+    assert_names(error_of(family, **{field: value}), "config.json", f"{field}=")
+
+
 @pytest.mark.parametrize("missing", ["factor", "low_freq_factor", "high_freq_factor"])
 def test_a_missing_rope_setting_is_named(missing: str) -> None:
     rope = {k: v for k, v in LLAMA3.items() if k != missing}
