@@ -34,6 +34,10 @@ def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
     return raw | {key: dtype for key in ("dtype", "torch_dtype") if key in raw}
 
 
+MOST = 10_000_000
+"""A larger size is that of a damaged file, and would take all memory."""
+
+
 class Fields:
     """The fields of one config. `take`, `whole`, `number` and `flag` read a field; `only` requires certain values."""
 
@@ -64,6 +68,15 @@ class Fields:
         """Return a whole number; without a default the field is required."""
         value = self._required(names) if default is None else self.take(*names, default=default)
         return int(self._checked(names[0], value, number=int))
+
+    def size(self, *names: str, default: int | None = None) -> int:
+        """Return a whole number from 1 to MOST; without a default the field is required."""
+        value = self.whole(*names, default=default)
+        if not 1 <= value <= MOST:
+            raise UserError(
+                f"{self.where}: {names[0]}={value} must be between 1 and {MOST}", remedy="download the file again"
+            )
+        return value
 
     def maybe_whole(self, *names: str) -> int | None:
         """Return a whole number, or None if the field is missing or null."""

@@ -18,7 +18,6 @@ from grpo_mega.models.spec import FP8_BLOCK, ClampedGate, MlaSpec, ModelSpec, Mo
 from grpo_mega.types import UserError
 
 _SCALINGS = ("linear", "llama3", "yarn")
-_MOST_LAYERS = 100_000  # a larger number is a damaged file, and would take all memory
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,18 @@ def _common(
     quantized = fields.take("quantization_config")
     if quantized is not None and not _is_block_fp8(quantized) and not _is_mxfp4(quantized, fields.family):
         fields.reject(f"quantization_config={quantized}")
-    heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
-    max_positions = fields.whole("max_position_embeddings")
+    heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
+    max_positions = fields.size("max_position_embeddings")
     rope = read_rope(fields, max_positions, kinds, theta=theta, fraction=fraction)
     return {
         "family": fields.family,
-        "num_layers": _num_layers(fields),
+        "num_layers": fields.size("num_hidden_layers"),
         "hidden_size": hidden,
-        "ffn_size": fields.whole("intermediate_size"),
+        "ffn_size": fields.size("intermediate_size"),
         "num_heads": heads,
-        "num_kv_heads": fields.whole("num_key_value_heads", default=heads),
+        "num_kv_heads": fields.size("num_key_value_heads", default=heads),
         "head_dim": fields.maybe_whole("head_dim") or hidden // heads,
-        "vocab_size": fields.whole("vocab_size"),
+        "vocab_size": fields.size("vocab_size"),
         "max_positions": max_positions,
         "rope_theta": rope.theta,
         "rotary_fraction": rope.fraction,
@@ -62,16 +61,6 @@ def _common(
         "qkv_bias": False,
         "qk_norm": False,
     }
-
-
-def _num_layers(fields: Fields) -> int:
-    found = fields.whole("num_hidden_layers")
-    if not 1 <= found <= _MOST_LAYERS:
-        raise UserError(
-            f"{fields.where}: num_hidden_layers={found} must be between 1 and {_MOST_LAYERS}",
-            remedy="download the file again",
-        )
-    return found
 
 
 def _is_block_fp8(found: dict[str, Any]) -> bool:

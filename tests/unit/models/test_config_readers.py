@@ -113,6 +113,8 @@ def test_contradicting_fields_are_an_error(changes: dict[str, Any], key: str) ->
     [
         ("llama", "vocab_size", float("nan")),
         ("llama", "num_hidden_layers", float("inf")),
+        ("llama", "num_attention_heads", 0),
+        ("llama", "hidden_size", -64),
         ("llama", "rms_norm_eps", 10**400),
         ("llama", "architectures", {"x": []}),
         ("llama", "architectures", [{"name": "x"}]),
