@@ -53,8 +53,7 @@ class OutputLimits:
         if fault is not None:
             raise InvalidCompletionError(
                 f"{self.engine} returned an invalid completion (member {member} of the group of prompt {prompt.index}):"
-                f" {fault}. Nothing of the step was used; the same command continues the run from its newest checkpoint"
-                " and samples the step again. If it fails again, remove engine.args and try the other engine.kind"
+                f" {fault}. If this happens again, remove engine.args, or try the other engine.kind"
             )
 
     def _fault(self, completion: Completion, max_tokens: int) -> str | None:
