@@ -115,6 +115,7 @@ def _store_of_machine(address: str, port: int, rank: int, world_size: int, timeo
     """Return the store of a job on one machine after all ranks have connected to it.
 
     Raises:
+        UserError: another program uses the port.
         RuntimeError: a rank did not connect in time (names it): it exited, or its process is stopped.
     """
     keys = [f"connected/{each}" for each in range(world_size)]
@@ -128,6 +129,8 @@ def _store_of_machine(address: str, port: int, rank: int, world_size: int, timeo
             return store
         except dist.DistStoreError:
             missing = ", ".join(str(each) for each, key in enumerate(keys) if not store.check([key]))
+    except OSError as error:  # of the socket of rank 0
+        raise _port_in_use(port) from error
     except (dist.DistNetworkError, dist.DistStoreError):
         pass
     raise RuntimeError(
@@ -153,7 +156,11 @@ def _require_even_machines(world_size: int) -> None:
 
 def _require_free(port: int) -> None:
     if not port_is_free(port):
-        raise UserError(f"MASTER_PORT={port} is in use on this machine", remedy="choose another port")
+        raise _port_in_use(port)
+
+
+def _port_in_use(port: int) -> UserError:
+    return UserError(f"MASTER_PORT={port} is in use on this machine", remedy="choose another port")
 
 
 def agreed(action: Callable[[], T], ranks: Ranks) -> T:
