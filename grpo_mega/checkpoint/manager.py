@@ -6,7 +6,8 @@ flushed to disk, and renamed, so a kill at any moment leaves the previous checkp
 are written while training continues (background.py), and the rest follows at a later step. A checkpoint holds the
 weights and the optimizer state of the policy, and of the critic if there is one, in a form that every layout can load,
 and the counters of the training loop. It needs nothing else: prompts, sampling and shuffles are functions of
-(run.seed, step).
+(run.seed, step). Only partial rollouts are carried from step to step; they are files of the checkpoint
+(carried_parts.py).
 Asserted by tests/parallel/test_checkpoint.py and tests/e2e/test_resume.py.
 """
 
@@ -17,13 +18,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from grpo_mega.checkpoint.background import BackgroundSaves
+from grpo_mega.checkpoint.carried_parts import CARRIED, CarriedParts, SavedPart
 from grpo_mega.checkpoint.written_state import WrittenFiles, compare_with_live, read_back
 from grpo_mega.formats.checkpoint_manifest import (
     COMPLETE,
@@ -51,19 +54,29 @@ class LoopState:
         policy_version: optimizer updates behind the weights.
         kl_coef: the current KL coefficient; None: that of the config.
         prompts_digest: digest of the training prompts.
+        carried: rollouts that are not complete, of this rank's prompt shard; None without partial rollouts.
     """
 
     step: int = 0
     policy_version: int = 0
     kl_coef: float | None = None
     prompts_digest: str | None = None
+    carried: SavedPart | None = None
 
-    def after(self, step: int, num_updates: int, kl_coef: float | None) -> LoopState:
+    @property
+    def counters(self) -> dict[str, Any]:
+        """All fields but `carried`, which has files of its own."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "carried"}
+
+    def after(self, step: int, num_updates: int, kl_coef: float | None, carried: SavedPart | None = None) -> LoopState:
         """Return the state after `step`."""
-        return replace(self, step=step, policy_version=self.policy_version + num_updates, kl_coef=kl_coef)
+        version = self.policy_version + num_updates
+        return replace(self, step=step, policy_version=version, kl_coef=kl_coef, carried=carried)
 
     def over(self, prompts_digest: str, *, same_run: bool) -> LoopState:
         """Return this state with the digest of the training prompts. `same_run`: the run continues in its own folder.
+
+        Another run, which starts from this state, begins without carried rollouts.
 
         Raises:
             UserError: the continued run had other prompts so far, so its position in them is not valid.
@@ -74,7 +87,7 @@ class LoopState:
                 "same prompts",
                 remedy="restore the files, or start again with run.overwrite=true",
             )
-        return replace(self, prompts_digest=prompts_digest)
+        return replace(self, prompts_digest=prompts_digest, carried=self.carried if same_run else None)
 
 
 @dataclass
@@ -102,6 +115,7 @@ class CheckpointManager:
         model: str = "",
         layout: str = "",
         background: BackgroundSaves | None = None,
+        carried: CarriedParts | None = None,
     ) -> None:
         """Create the manager of this rank.
 
@@ -114,9 +128,11 @@ class CheckpointManager:
             model: description of the model, for the manifest.
             layout: parallel layout of the ranks, for the manifest.
             background: writes the files while training continues; None: a save ends when they are written.
+            carried: files of carried rollouts; None without partial rollouts.
         """
         self._folder, self._keep, self._is_first, self._critic = folder, keep, is_first, critic
         self._on_device, self._model, self._layout, self._background = on_device, model, layout, background
+        self._carried = carried
         self._save: _Save | None = None
         self.wait_seconds = 0.0
         """Time for which the last call of `stage_if_due` waited for the save before."""
@@ -149,7 +165,10 @@ class CheckpointManager:
         files = None if self._background is None else self._background.new_files()
         with self._writing(staged):
             with self._on_device(policy):
-                live = dict(policy.save(staged, asdict(state), files))
+                live = dict(policy.save(staged, state.counters, files))
+            if self._carried is not None and state.carried is not None:
+                self._run_on_first((staged / CARRIED).mkdir)
+                self._carried.write(staged, state.carried, files)
             if self._critic is not None:
                 self._run_on_first((staged / _CRITIC).mkdir)
                 with self._on_device(self._critic):
@@ -236,7 +255,8 @@ class CheckpointManager:
                 self._critic.load(checkpoint / _CRITIC)
                 of_critic = self._critic.live_records(with_optimizer=with_optimizer)["."]
         with self._on_device(policy):
-            state = LoopState(**policy.load(checkpoint))
+            carried = None if self._carried is None else self._carried.load(checkpoint)
+            state = LoopState(**policy.load(checkpoint), carried=carried)
             live = dict(policy.live_records(with_optimizer=with_optimizer))
         if manifest is None:
             return state

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from grpo_mega.checkpoint.carried_parts import rank_of_part
 from grpo_mega.formats.checkpoint_manifest import FileRecord, listed_files, record_of
 from grpo_mega.formats.torch_dist_reader import StoredChunk, TorchDistFiles
 from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
@@ -106,9 +107,9 @@ def compare_with_live(folder: Path, live: StateRecords, mine: WrittenFiles) -> d
 
 
 def _owner(name: str) -> int:
-    """Return the rank that reads a file: RANK of a shard `__RANK_N.distcp`, otherwise 0, which wrote it."""
+    """Return the rank that reads a file: RANK of a shard `__RANK_N.distcp`, otherwise the one that wrote it."""
     shard = _SHARD_NAME.fullmatch(Path(name).name)
-    return int(shard[1]) if shard else 0
+    return int(shard[1]) if shard else rank_of_part(Path(name).name) or 0
 
 
 def _own_chunks(

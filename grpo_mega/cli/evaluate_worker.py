@@ -27,7 +27,7 @@ from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.base import build_rewards, full_marks, needs_fields
 from grpo_mega.rollout.evaluator import Evaluator
-from grpo_mega.trainer.build_rollout import make_sampler, start_workers
+from grpo_mega.trainer.build_rollout import make_dialogue, make_sampler, start_workers
 from grpo_mega.types import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,7 +57,8 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
         quiet_libraries()
         load_weights(engine.sink, open_checkpoint(Path(job["weights"]), folder, folder), DTYPES[config.precision.dtype])
         collectives = ArrayCollectives(ranks)
-        sampler = make_sampler(config, engine, workers, collectives, PhaseTimer(), folder)
+        dialogue = make_dialogue(config, engine, workers, ranks, folder)
+        sampler = make_sampler(config, engine, workers, collectives, PhaseTimer(), folder, dialogue)
         limits = config.evaluation
         max_tokens = limits.max_tokens or config.sampling.max_tokens
         evaluator = Evaluator(

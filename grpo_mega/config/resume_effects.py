@@ -30,6 +30,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "model",
         "data",
         "engine.kind",
+        "sampling.partial",  # the checkpoint holds carried rollouts
         "environment",
         "train.objective",
         "algorithm.name",

@@ -52,6 +52,22 @@ class EngineConfig(Section):
     `engine.kind`. Fields that this program sets itself are rejected."""
 
 
+class PartialConfig(Section):
+    """Partial rollouts: more groups are sampled than a step needs, and what is not complete continues in the next step.
+
+    See docs/partial-rollouts.md.
+    """
+
+    oversubmit: float = Field(1.5, gt=1, le=8)
+    """Groups in progress at the same time, as a multiple of the groups that a prompt shard gives to a step."""
+    slice_tokens: int | None = Field(None, ge=1)
+    """Tokens that each rollout may sample before the complete groups are counted: less than `sampling.max_tokens`.
+    null: a sixteenth of `sampling.max_tokens`, and at least 16."""
+    max_staleness: int = Field(ge=1)
+    """Most updates between the weights that sampled a group's oldest token and those at the start of a step. An older
+    group is dropped, and its prompt is sampled again. At least the number of updates of a step."""
+
+
 class SamplingConfig(Section):
     """Sampling of training rollouts."""
 
@@ -63,6 +79,14 @@ class SamplingConfig(Section):
     """Most tokens of a completion; longer completions are truncated."""
     prompts_per_wave: int | None = Field(None, ge=1)
     """Prompts that are submitted to the engines together. null: all prompts of the step."""
+    partial: PartialConfig | None = None
+    """Partial rollouts. null: a step waits for all of its rollouts."""
+
+    @property
+    def slice_tokens(self) -> int:
+        """Tokens of a slice with partial rollouts."""
+        given = None if self.partial is None else self.partial.slice_tokens
+        return max(16, self.max_tokens // 16) if given is None else given
 
 
 class RewardTerm(Section):

@@ -13,6 +13,7 @@ from grpo_mega.config.data_rules import check_data
 from grpo_mega.config.fp8_rules import check_fp8
 from grpo_mega.config.guard_rules import check_guard
 from grpo_mega.config.optimizer_rules import check_optimizer
+from grpo_mega.config.partial_rules import check_partial
 from grpo_mega.config.reward_rules import check_reward_sets
 from grpo_mega.config.schema import Config
 from grpo_mega.config.sft_rules import check_sft
@@ -50,6 +51,7 @@ def check(config: Config) -> None:
     check_sft(config)
     check_optimizer(config)
     check_guard(config)
+    check_partial(config)
 
 
 def _one_model(config: Config) -> None:

@@ -60,9 +60,14 @@ class TrainConfig(Section):
     `objective: sft` at least `data.max_example_tokens`."""
 
     @property
+    def updates_per_step(self) -> int:
+        """Number of updates of a step."""
+        return self.epochs_per_rollout * self.minibatches_per_epoch
+
+    @property
     def num_updates(self) -> int:
         """Number of updates of the run."""
-        return self.steps * self.epochs_per_rollout * self.minibatches_per_epoch
+        return self.steps * self.updates_per_step
 
 
 class WeightSyncConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grpo_mega.observe.metric_row import DATA, LEARNING, ROLLOUTS, Metric
 
 _SETS = "a step with rollouts of the set, with several training sets"
+_PARTIAL = "with `sampling.partial`"
 _ENVIRONMENT = "every step; 0 without an environment"
 
 ROLLOUT_METRICS: dict[str, Metric] = {
@@ -55,6 +56,30 @@ ROLLOUT_METRICS: dict[str, Metric] = {
         "waiting for the longest answers",
         "fraction",
         "part of the sampling time in which at most a tenth of a rank's rollouts were left, all ranks",
+    ),
+    "rollout/staleness_mean": Metric(
+        ROLLOUTS,
+        "staleness",
+        "updates",
+        "updates between the weights that sampled a token and those of the step, mean over trained tokens",
+        _PARTIAL,
+    ),
+    "rollout/staleness_max": Metric(ROLLOUTS, "staleness", "updates", "the same for the oldest token", _PARTIAL),
+    "rollout/carried_fraction": Metric(
+        ROLLOUTS, "carried tokens", "fraction", "trained tokens that weights of earlier steps sampled", _PARTIAL
+    ),
+    "rollout/dropped_groups": Metric(
+        ROLLOUTS,
+        "carried groups",
+        "groups",
+        "groups that were dropped at the start of the step because of their age; their prompts are sampled again",
+        _PARTIAL,
+    ),
+    "rollout/carried_groups": Metric(
+        ROLLOUTS, "carried groups", "groups", "groups that are carried into the next step", _PARTIAL
+    ),
+    "rollout/carried_tokens": Metric(
+        ROLLOUTS, "tokens per step", "tokens", "tokens of the groups that are carried into the next step", _PARTIAL
     ),
     "rollout/tokens_per_replica/*": Metric(
         ROLLOUTS, "tokens per replica", "tokens", "completion tokens that one replica sampled"

@@ -96,6 +96,8 @@ class Summary:
         error: exception of a failed or interrupted run.
         verdict: whether the policy learned, and if not, why; None for a run that has not ended.
         alarms: alarms of all steps so far, as `dataclasses.asdict` gives them.
+        carried: number of `groups` and of their `tokens` that were sampled and not trained on; None without partial
+            rollouts. They are in the newest checkpoint.
     """
 
     status: Status
@@ -109,6 +111,7 @@ class Summary:
     error: str | None = None
     verdict: str | None = None
     alarms: list[dict[str, Any]] = field(default_factory=list)
+    carried: dict[str, int] | None = None
 
 
 def add_seconds(previous: Summary | None, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -196,6 +199,12 @@ def render(summary: Summary, run_dir: Path | None = None) -> str:
         lines.append(f"  mean length        {before.length_mean:.1f} -> {after.length_mean:.1f} tokens")
     elif before:
         lines.append(f"  held-out accuracy  {before.accuracy:.2f} before training  on {before.num_prompts} prompts")
+    if summary.carried is not None and summary.carried["groups"]:
+        groups, tokens = summary.carried["groups"], summary.carried["tokens"]
+        lines.append(
+            f"  carried rollouts   {groups} groups with {tokens:,} tokens, which no step has trained on; they are in "
+            "the newest checkpoint, and a higher train.steps continues them"
+        )
     phases = {name: s for name, s in summary.seconds.items() if name != "total" and s >= 0.05}
     if phases:
         longest_first = sorted(phases.items(), key=lambda item: -item[1])

@@ -80,14 +80,35 @@ class ReportsErrors(Protocol):
         ...
 
 
-class MeasuredGenerator:
-    """A generator that samples with another one and adds the times of its rollouts to `times`.
+@dataclass(frozen=True)
+class SamplingMeasurement:
+    """Measurement of the calls of a rank's sampler.
 
-    Args:
-        generator: samples.
+    Attributes:
         times: collects the measurements.
         take_gauges: returns the gauges of the engine since the last call.
         environments: environment workers of this rank, if any.
+    """
+
+    times: AnswerTimes
+    take_gauges: Callable[[], EngineGauges] = EngineGauges
+    environments: ReportsErrors | None = None
+
+    def record(self, start: float, ends: Sequence[float]) -> None:
+        """Add a call that returns now; the arguments are those of `AnswerTimes.add`."""
+        gauges = self.take_gauges()
+        errors = ReplyErrors() if self.environments is None else self.environments.take_errors()
+        if self.times.is_counted():
+            self.times.add(start, ends, self.times.clock())
+            self.times.add_gauges(gauges, errors)
+
+
+class MeasuredGenerator:
+    """A generator that samples with another one, and records the times of its rollouts.
+
+    Args:
+        generator: samples.
+        times, take_gauges, environments: those of `SamplingMeasurement`.
     """
 
     def __init__(
@@ -98,7 +119,7 @@ class MeasuredGenerator:
         environments: ReportsErrors | None = None,
     ) -> None:
         self._generator, self._times = generator, times
-        self._take_gauges, self._environments = take_gauges, environments
+        self.measurement = SamplingMeasurement(times, take_gauges, environments)
 
     def generate(
         self,
@@ -116,9 +137,5 @@ class MeasuredGenerator:
 
         start = self._times.clock()
         groups = self._generator.generate(prompts, sampling, measured)
-        gauges = self._take_gauges()
-        errors = ReplyErrors() if self._environments is None else self._environments.take_errors()
-        if self._times.is_counted():
-            self._times.add(start, ends, self._times.clock())
-            self._times.add_gauges(gauges, errors)
+        self.measurement.record(start, ends)
         return groups

@@ -29,19 +29,56 @@ class GroupSampler(Protocol):
         ...
 
 
+class StepSampling(Protocol):
+    """Sampling of one step; every method is collective."""
+
+    def first(self) -> SampledGroups:
+        """Return the groups of the step."""
+        ...
+
+    def refill(self, groups: SampledGroups, places: Sequence[int]) -> SampledGroups | None:
+        """Return groups of other prompts, which may replace `groups` at `places`; None if there are no more."""
+        ...
+
+    def finish(self, groups: SampledGroups) -> SampledGroups:
+        """Return the groups that the step trains on, with what the step leaves to the next one."""
+        ...
+
+
+class PartialSampling(Protocol):
+    """Interface of `rollout.partial_sampler.PartialSampler`."""
+
+    def begin(self, step: int, carried: object, request: SamplingRequest, seed_of: Sequence[object]) -> StepSampling:
+        """Begin a step.
+
+        Args:
+            step: its number.
+            carried: rollouts of the step before that are continued; None: there are none.
+            request: group size, temperature and limits.
+            seed_of: values from which the seeds are derived.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class GroupSource:
-    """Source of the groups that a step trains on."""
+    """Source of the groups that a step trains on. `partial` is set with `sampling.partial`."""
 
     sampler: GroupSampler
     prompts: PromptDataset
     config: Config
+    partial: PartialSampling | None = None
 
-    def sample(self, step: int, prompts_step: int | None = None, attempt: int = 0) -> SampledGroups:
+    def sample(
+        self, step: int, prompts_step: int | None = None, attempt: int = 0, carried: object = None
+    ) -> SampledGroups:
         """Return G scored rollouts of each prompt of the step. Collective.
 
-        After a rollback, `prompts_step` is the step whose prompts are used, and `attempt` counts the returns to a
-        checkpoint before this step: another attempt has other seeds.
+        Args:
+            step: its number.
+            prompts_step: step whose prompts are used, after a rollback; None: `step`.
+            attempt: number of returns to a checkpoint before this step; another attempt has other seeds.
+            carried: with `sampling.partial`, what the step before has left (`LoopState.carried`).
 
         With `algorithm.degenerate=refill`, a group whose rewards are all equal is replaced by a group of another
         prompt. This ends when no group is degenerate, after `algorithm.refill_rounds` rounds, or when there are no more
@@ -52,7 +89,7 @@ class GroupSource:
 
         Source: dynamic sampling: DAPO, arXiv:2503.14476, section "The More the Merrier: Dynamic Sampling". Differs: a
             round samples one prompt per degenerate group, the number of rounds is limited, and a prompt that replaced
-            another one is still used at its own step.
+            another one is still used at its own step (with `sampling.partial` it is used once).
         """
         sampling, seed = self.config.sampling, self.config.run.seed
         request = SamplingRequest(
@@ -63,20 +100,20 @@ class GroupSource:
             expert_choices=self.config.algorithm.routing_replay,
         )
         seed_of = sampling_seed(seed, step, attempt)
-        chosen = self.prompts.batch((prompts_step or step) - 1, self.config.data.prompts_per_step, seed)
-        groups = self._require_routing_records(self.sampler.sample(chosen, request, seed_of))
-        rounds = self.config.algorithm.refill_rounds
-        if rounds is None:  # config/algorithm_rules.py: set exactly under degenerate=refill
-            return groups
-        others = self._others(chosen, (seed, step) if attempt == 0 else (seed, step, "attempt", attempt))
-        for refill in range(rounds):
-            places = np.flatnonzero(groups.degenerate).tolist()
-            spare = list(islice(others, len(places)))
-            if not spare:
+        sampling_of_step: StepSampling
+        if self.partial is not None:
+            sampling_of_step = self.partial.begin(step, carried, request, seed_of)
+        else:
+            chosen = self.prompts.batch((prompts_step or step) - 1, self.config.data.prompts_per_step, seed)
+            others = self._others(chosen, (seed, step) if attempt == 0 else (seed, step, "attempt", attempt))
+            sampling_of_step = _WholeRollouts(self.sampler, chosen, others, request, seed_of)
+        groups = self._require_routing_records(sampling_of_step.first())
+        for _ in range(self.config.algorithm.refill_rounds or 0):  # set exactly under degenerate=refill
+            sampled = sampling_of_step.refill(groups, places := np.flatnonzero(groups.degenerate).tolist())
+            if sampled is None:
                 break
-            sampled = self._require_routing_records(self.sampler.sample(spare, request, (*seed_of, "refill", refill)))
-            groups = groups.replace_groups(places, sampled)
-        return groups
+            groups = groups.replace_groups(places, self._require_routing_records(sampled))
+        return sampling_of_step.finish(groups)
 
     def _require_routing_records(self, groups: SampledGroups) -> SampledGroups:
         missing = np.flatnonzero(~groups.table.has_experts)
@@ -94,6 +131,31 @@ class GroupSource:
         taken = {prompt.index for prompt in chosen}
         shuffled = self.prompts.shuffled(derived_seed("refill", *seed_of))
         return (prompt for prompt in shuffled if prompt.index not in taken)
+
+
+@dataclass
+class _WholeRollouts:
+    """Sampling of a step whose rollouts are all complete at its end."""
+
+    sampler: GroupSampler
+    chosen: Sequence[Prompt]
+    others: Iterator[Prompt]
+    request: SamplingRequest
+    seed_of: tuple[object, ...]
+    num_refills: int = 0
+
+    def first(self) -> SampledGroups:
+        return self.sampler.sample(self.chosen, self.request, self.seed_of)
+
+    def refill(self, groups: SampledGroups, places: Sequence[int]) -> SampledGroups | None:
+        spare = list(islice(self.others, len(places)))
+        if not spare:
+            return None
+        self.num_refills += 1
+        return self.sampler.sample(spare, self.request, (*self.seed_of, "refill", self.num_refills - 1))
+
+    def finish(self, groups: SampledGroups) -> SampledGroups:
+        return groups
 
 
 def sampling_seed(seed: int, step: int, attempt: int) -> tuple[object, ...]:

@@ -11,19 +11,18 @@ Asserted by tests/unit/rollout/test_multi_turn.py and tests/e2e/test_calculator.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from grpo_mega.environments.base import Turn
 from grpo_mega.environments.pool import Reply
 from grpo_mega.interfaces import Engine
+from grpo_mega.rollout.open_rollout import Codec, OpenRollout, turn_of
 from grpo_mega.rollout.sampler import derived_seed
-from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
+from grpo_mega.types import Completion, Prompt, SamplingRequest
 
 OnCompletion = Callable[[int, int, Completion], None]
 
@@ -47,87 +46,10 @@ class Environments(Protocol):
         ...
 
 
-class Codec(Protocol):
-    """Tokenizer of replies (data/chat.py)."""
-
-    def encode(self, result: str) -> tuple[int, ...]:
-        """Return the tokens of a reply.
-
-        Raises:
-            ValueError: the reply cannot be tokenized.
-        """
-        ...
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of the tokens."""
-        ...
-
-    def cut_at_stop(self, token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, str] | None:
-        """Return the text up to and including the stop text that the last token completes, and that stop text."""
-        ...
-
-
 class Broadcast(Protocol):
     """Broadcast from the first rank of a prompt shard; other ranks pass None and receive the value."""
 
     def __call__(self, value: Any) -> Any: ...
-
-
-@dataclass
-class _Rollout:
-    """A rollout that is not complete yet."""
-
-    prompt: Prompt
-    position: int
-    member: int
-    parts: list[tuple[NDArray[np.int32], NDArray[np.float32], bool]] = field(default_factory=list)
-    """(tokens, their log-probs, sampled by the policy) of each answer and reply."""
-    turns: list[Turn] = field(default_factory=list)
-    stop_reason: StopReason = "length"
-    policy_version: int = 0
-    failure: str | None = None
-    expert_choices: Any = None
-
-    def add_answer(self, completion: Completion, turn: Turn) -> None:
-        """Append an answer of the policy, which the environment gets as `turn`."""
-        self.parts.append((completion.token_ids, completion.sampler_log_probs, True))
-        self.turns.append(turn)
-        self.stop_reason, self.policy_version = completion.stop_reason, completion.policy_version
-        self.expert_choices = completion.expert_choices  # covers the whole sequence, which includes the prompt
-
-    def add_reply(self, result: str, token_ids: Sequence[int]) -> None:
-        """Append a reply of the environment."""
-        self.parts.append((np.asarray(token_ids, np.int32), np.zeros(len(token_ids), np.float32), False))
-        self.turns[-1] = replace(self.turns[-1], result=result)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens of all answers and replies."""
-        return sum(len(tokens) for tokens, _, _ in self.parts)
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]:
-        """Tokens of all answers and replies."""
-        return np.concatenate([np.zeros(0, np.int32), *(tokens for tokens, _, _ in self.parts)])
-
-    def next_prompt(self) -> Prompt:
-        """Return the prompt of the next answer: all tokens so far."""
-        return replace(self.prompt, token_ids=(*self.prompt.token_ids, *self.token_ids.tolist()))
-
-    def completion(self, codec: Codec) -> Completion:
-        """Return the whole rollout as one completion."""
-        mask = np.repeat([own for _, _, own in self.parts], [len(tokens) for tokens, _, _ in self.parts])
-        return Completion(
-            token_ids=self.token_ids,
-            sampler_log_probs=np.concatenate([log_probs for _, log_probs, _ in self.parts]),
-            stop_reason=self.stop_reason,
-            policy_version=self.policy_version,
-            text=codec.decode(self.token_ids.tolist()),
-            expert_choices=self.expert_choices,
-            loss_mask=None if mask.all() else mask,
-            num_turns=len(self.turns),
-            failure=self.failure,
-        )
 
 
 @dataclass(frozen=True)
@@ -198,7 +120,7 @@ class _Wave:
     ) -> None:
         self._owner, self._prompts, self._sampling, self._report = owner, prompts, sampling, report
         self._size = sampling.group_size
-        self._unfinished = [_Rollout(p, i, member) for i, p in enumerate(prompts) for member in range(self._size)]
+        self._unfinished = [(i, OpenRollout(prompts[i // self._size])) for i in range(len(prompts) * self._size)]
         self._requested: set[int] = set()
         self._done: dict[int, Completion] = {}
 
@@ -209,8 +131,8 @@ class _Wave:
         if turn == 0:
             prompts = self._prompts
         else:
-            prompts = [rollout.next_prompt() for rollout in self._unfinished]
-            limits = tuple(self._sampling.max_tokens - rollout.num_tokens for rollout in self._unfinished)
+            prompts = [rollout.next_prompt() for _, rollout in self._unfinished]
+            limits = tuple(self._sampling.max_tokens - rollout.num_tokens for _, rollout in self._unfinished)
             seed = derived_seed(self._sampling.seed, turn)
             request = replace(request, group_size=1, seed=seed, max_tokens_each=limits, continues=True)
         is_last = turn == self._owner.max_turns - 1
@@ -223,7 +145,7 @@ class _Wave:
         assert replies.keys() == self._requested, f"requested {sorted(self._requested)}, received {sorted(replies)}"
         # in the order of the prompts, independent of the order of the replies
         self._unfinished = [
-            self._unfinished[i] for i in sorted(self._requested) if self._apply_reply(self._unfinished[i], replies[i])
+            self._unfinished[i] for i in sorted(self._requested) if self._apply_reply(*self._unfinished[i], replies[i])
         ]
         return bool(self._unfinished)
 
@@ -234,44 +156,31 @@ class _Wave:
         ]
 
     def _add_completion(self, place: int, completion: Completion, is_last: bool) -> None:
-        rollout = self._unfinished[place]
-        rollout.add_answer(completion, self._turn(completion))
-        if is_last or completion.stop_reason == "length":
-            self._finish(rollout)
+        owner, (key, rollout) = self._owner, self._unfinished[place]
+        rollout.add_sampled(completion)
+        answer, reason = rollout.answer_ids, completion.stop_reason
+        rollout.end_answer(turn_of(completion.text, answer, reason, owner.codec, owner.stop))
+        if is_last or reason == "length":
+            self._finish(key, rollout)
             return
         self._requested.add(place)
-        if self._owner.environments is not None:
+        if owner.environments is not None:
             prompt = rollout.prompt
-            self._owner.environments.submit(place, prompt.text, rollout.turns, prompt.answer)
+            owner.environments.submit(place, prompt.text, rollout.turns, prompt.answer)
 
-    def _turn(self, completion: Completion) -> Turn:
-        """Return the answer as the environment gets it: without characters of the last token after the stop text."""
-        cut = None
-        if completion.stop_reason == "stop":
-            cut = self._owner.codec.cut_at_stop(completion.token_ids.tolist(), self._owner.stop)
-        return Turn(completion.text) if cut is None else Turn(cut[0], stop_text=cut[1])
-
-    def _apply_reply(self, rollout: _Rollout, reply: Reply) -> bool:
+    def _apply_reply(self, key: int, rollout: OpenRollout, reply: Reply) -> bool:
         """Apply a reply; return True if another answer follows."""
-        result, rollout.failure = reply.result, reply.failure
-        if rollout.failure is None and result is not None:
-            try:
-                token_ids = self._owner.codec.encode(result)
-            except ValueError as error:
-                rollout.failure = str(error)
-            else:
-                if rollout.num_tokens + len(token_ids) < self._sampling.max_tokens:
-                    rollout.add_reply(result, token_ids)
-                    return True
-                rollout.stop_reason = "length"
-        self._finish(rollout)
+        if rollout.apply_reply(reply, self._owner.codec, self._sampling.max_tokens):
+            return True
+        self._finish(key, rollout)
         return False
 
-    def _finish(self, rollout: _Rollout) -> None:
-        completion = rollout.completion(self._owner.codec)
-        self._done[rollout.position * self._size + rollout.member] = completion
+    def _finish(self, key: int, rollout: OpenRollout) -> None:
+        completion = rollout.completion(self._owner.codec.decode)
+        self._done[key] = completion
         if self._report is not None:
-            self._report(rollout.position, rollout.member, completion)
+            position, member = divmod(key, self._size)
+            self._report(position, member, completion)
 
 
 def broadcast_within(group: dist.ProcessGroup | None, first_rank: int) -> Broadcast:

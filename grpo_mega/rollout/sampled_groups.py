@@ -15,7 +15,27 @@ from numpy.typing import NDArray
 from grpo_mega.algorithm.degenerate import degenerate_groups
 from grpo_mega.data.rollout_table import RolloutTable, SumOverRanks, gather_table
 from grpo_mega.data.rollout_tokens import RolloutTokens
+from grpo_mega.rollout.carried_rollouts import CarriedRollouts
 from grpo_mega.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class StepCarry:
+    """Rollouts that a step with partial rollouts carries into the next one.
+
+    Attributes:
+        rollouts: of this rank's prompt shard.
+        policy_version: number of updates behind the weights of the step; tokens with a lower one are carried over.
+        num_dropped: groups of all shards that were dropped at the start of the step because of their age.
+        num_groups: groups of all shards that are carried into the next step.
+        num_tokens: tokens of these groups, with those of environments.
+    """
+
+    rollouts: CarriedRollouts
+    policy_version: int
+    num_dropped: int
+    num_groups: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class SampledGroups:
         texts: completions of the rollouts of `tokens`, in the same order.
         failures: failed reward terms of the rollouts of `tokens`, in the same order.
         num_discarded: more groups that were sampled but not used, because they are degenerate.
+        carry: what is carried into the next step; None without partial rollouts.
     """
 
     prompts: Sequence[Prompt]
@@ -37,6 +58,7 @@ class SampledGroups:
     texts: Sequence[str]
     failures: Sequence[tuple[str, ...]]
     num_discarded: int = 0
+    carry: StepCarry | None = None
 
     @classmethod
     def gather(

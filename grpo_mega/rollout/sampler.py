@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from grpo_mega.observe.log import FILE_ONLY
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
-from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
+from grpo_mega.rollout.scoring import RolloutScoring, Scorer, StepEnds
+from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Generator(Protocol):
@@ -42,50 +42,39 @@ class Generator(Protocol):
         ...
 
 
-class Scorer(Protocol):
-    """Interface of the reward workers (rewards/pool.py)."""
-
-    def submit_row(self, key: int, row: ScoringRow) -> None:
-        """Start scoring; returns at once.
-
-        Args:
-            key: number of the rollout, with which `collect` returns the reward.
-            row: everything that a reward may read.
-        """
-        ...
-
-    def collect(self) -> dict[int, Reward]:
-        """Wait for and return the rewards of everything submitted since the last call."""
-        ...
-
-
-class StepEnds(Protocol):
-    """Function that maps tokens to the positions in the text at which they end (data/chat.py)."""
-
-    def __call__(self, token_ids: Sequence[int]) -> list[int]:
-        """Return for each token the number of characters up to and including it."""
-        ...
-
-
-def locate_step_tokens(
-    reward: Reward, completion: Completion, ends_of: StepEnds
-) -> tuple[tuple[int, float], ...] | None:
-    """Return (end_token, value) of each step of a process reward; None for a reward without steps.
-
-    The end token of a step contains the last character of the step. A step that ends with the text ends with the last
-    token of the completion, which may be EOS.
-    """
-    if reward.steps is None:
-        return None
-    ends, last = ends_of(completion.token_ids.tolist()), len(completion.token_ids) - 1
-    return tuple(
-        (last if end >= len(completion.text) - 1 else min(bisect_right(ends, end), last), value)
-        for end, value in reward.steps
-    )
-
-
 class SamplingFailedError(RuntimeError):
     """The engine of a rank failed, or returned what cannot be right. Raised on every rank; no rollout was used."""
+
+
+def agreed_sampling(sample: Callable[[], T], collectives: ArrayCollectives, scoring: RolloutScoring) -> T:
+    """Return what `sample` returns, if it fails on no rank. Collective.
+
+    Args:
+        sample: calls the engine of this rank.
+        collectives: of this rank.
+        scoring: discards the scores of rollouts that are sampled again.
+
+    Raises:
+        SamplingFailedError: on every rank, if an engine failed on one.
+        ValueError: the request is wrong, on every rank.
+    """
+    failure, found = None, None
+    try:
+        found = sample()
+    except ValueError:  # of the request, on every rank
+        raise
+    except Exception as error:  # engines raise anything
+        failure = f"{type(error).__name__}: {error}"
+        log.warning("sampling failed on this rank", exc_info=error, extra=FILE_ONLY)
+    mine = np.zeros(collectives.world_size)
+    mine[collectives.ranks.rank] = failure is not None
+    failed = np.flatnonzero(collectives.sum(mine)).tolist()
+    if failed:
+        scoring.discard()
+        where = f"rank {', '.join(map(str, failed))}"
+        raise SamplingFailedError(f"sampling failed on {where}: {failure or 'the log of that rank has the reason'}")
+    assert found is not None, "sampling did not fail"
+    return found
 
 
 class Sampler:
@@ -116,10 +105,10 @@ class Sampler:
             ends_of: finds the end tokens of a process reward's steps; None: steps are ignored.
             special_text_of: returns the text of tokens with special tokens; None: no reward reads it.
         """
-        self._generator, self._scorer, self._timers = generator, scorer, timers
-        self._collectives, self._ranks, self._component_names = collectives, collectives.ranks, tuple(component_names)
-        self._prompts_per_wave, self._floor_of, self._ends_of = prompts_per_wave, floor_of, ends_of
-        self._special_text_of = special_text_of
+        self._generator, self._timers = generator, timers
+        self.collectives, self._ranks, self.component_names = collectives, collectives.ranks, tuple(component_names)
+        self._prompts_per_wave = prompts_per_wave
+        self.scoring = RolloutScoring(scorer, collectives.ranks.at.replica, floor_of, ends_of, special_text_of)
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
         """Sample and score one group per prompt. Collective.
@@ -133,32 +122,23 @@ class Sampler:
             SamplingFailedError: on every rank, if an engine failed on one.
             RuntimeError: the engines did not return one rollout per request.
         """
-        failure = None
-        try:
-            mine = self._sample_own(prompts, request, seed_of)
-        except ValueError:  # of the request, on every rank
-            raise
-        except Exception as error:  # engines raise anything
-            failure, mine = f"{type(error).__name__}: {error}", {}
-            log.warning("sampling failed on this rank", exc_info=error, extra=FILE_ONLY)
-        self._require_no_failure(failure)
-        group_size = request.group_size
+        mine = agreed_sampling(lambda: self._sample_own(prompts, request, seed_of), self.collectives, self.scoring)
         with self._timers.phase("reward"):  # most completions were scored during sampling
             return SampledGroups.gather(
                 prompts,
-                group_size,
-                self._scored_rollouts(prompts, group_size, mine),
+                request.group_size,
+                self.scoring.collect(mine),
                 share=self._ranks.at.share,
-                component_names=self._component_names,
-                sum_over_ranks=self._collectives.sum,
+                component_names=self.component_names,
+                sum_over_ranks=self.collectives.sum,
             )
 
     def _sample_own(
         self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]
-    ) -> dict[int, Completion]:
-        """Sample the prompts of this shard, and start their scoring. Return the completions by row of the step."""
+    ) -> dict[int, tuple[Prompt, Completion]]:
+        """Sample the prompts of this shard, and start their scoring. Return (prompt, completion) by row of the step."""
         group_size, at = request.group_size, self._ranks.at
-        mine: dict[int, Completion] = {}
+        mine: dict[int, tuple[Prompt, Completion]] = {}
         wave_size = self._prompts_per_wave or max(1, len(prompts))
         for wave, start in enumerate(range(0, len(prompts), wave_size)):
             positions = range(start, min(start + wave_size, len(prompts)))[at.share :: self._ranks.topology.num_shares]
@@ -172,58 +152,12 @@ class Sampler:
                 chosen: list[Prompt] = chosen,
             ) -> None:
                 key = positions[local] * group_size + member
-                mine[key] = completion
-                if self._scorer is not None and completion.failure is None:
-                    self._submit(self._scorer, key, chosen[local], completion)
+                mine[key] = (chosen[local], completion)
+                self.scoring.submit(key, chosen[local], completion)
 
             seed = derived_seed(*seed_of, wave, at.share)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
         return mine
-
-    def _require_no_failure(self, failure: str | None) -> None:
-        """Raise SamplingFailedError on every rank if `failure` describes one on any rank. Collective."""
-        mine = np.zeros(self._collectives.world_size)
-        mine[self._ranks.rank] = failure is not None
-        failed = np.flatnonzero(self._collectives.sum(mine)).tolist()
-        if not failed:
-            return
-        if self._scorer is not None:
-            self._scorer.collect()  # of rollouts that are sampled again
-        where = f"rank {', '.join(map(str, failed))}"
-        raise SamplingFailedError(f"sampling failed on {where}: {failure or 'the log of that rank has the reason'}")
-
-    def _scored_rollouts(
-        self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, Completion]
-    ) -> dict[int, Rollout]:
-        """Wait for the remaining scores and return the rollouts of this shard by row; none on ranks without scorer."""
-        if self._scorer is None:
-            return {}
-        rewards = self._scorer.collect()
-        found = {}
-        for row, completion in mine.items():
-            prompt = prompts[row // group_size]
-            if completion.failure is not None and self._floor_of is not None:
-                reward = self._floor_of(prompt.data_set)
-            else:
-                reward = rewards[row]
-            steps = locate_step_tokens(reward, completion, self._ends_of) if self._ends_of is not None else None
-            found[row] = Rollout(prompt, completion, reward, self._ranks.at.replica, steps)
-        return found
-
-    def _submit(self, scorer: Scorer, key: int, prompt: Prompt, completion: Completion) -> None:
-        """Start the scoring of one completion with everything that a reward may read."""
-        special = self._special_text_of(completion.token_ids.tolist()) if self._special_text_of is not None else None
-        row = ScoringRow(
-            prompt.text,
-            completion.text,
-            prompt.answer,
-            messages=prompt.messages,
-            completion_with_special_tokens=special,
-            fields=prompt.fields,
-            dataset=prompt.data_set,
-            index=prompt.index,
-        )
-        scorer.submit_row(key, row)
 
 
 def derived_seed(*parts: object) -> int:

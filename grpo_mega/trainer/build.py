@@ -39,12 +39,11 @@ from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards, full_marks
 from grpo_mega.rollout.answer_times import AnswerTimes
-from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.batch import explain_batch
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
-from grpo_mega.trainer.build_rollout import make_sampler, start_workers
+from grpo_mega.trainer.build_rollout import carried_parts, make_source, start_workers
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
 from grpo_mega.trainer.loop import TrainerState, evaluate, push_weights, train
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
@@ -131,7 +130,7 @@ def building(
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.needs_reference)
             phases = Phases(policy, engine_elsewhere=config.engine.placement == "server")
             critic = _make_critic(config, spec, model_folder, phases, ranks)
-            checkpoints = make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks)
+            checkpoints = make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks, prompts)
             stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = with_changed_kl(state.over(prompts.digest, same_run=run.status == "continued"), run.changes)
@@ -144,7 +143,7 @@ def building(
                 sync = RebuildableSync(lambda: make_sync(config, policy, engine, ranks))
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             answers = AnswerTimes(lambda: timers.current == "rollout")
-            sampler = make_sampler(config, engine, workers, collectives, timers, model_folder, answers)
+            sampler, groups = make_source(config, engine, workers, collectives, timers, model_folder, answers, prompts)
         evaluator = make_evaluator(config, sampler, held_out, collectives)
         shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, writer, model_folder)
         observer = make_observer(shown, ranks, stack, own_work(policy, ranks, critic, answers))
@@ -153,7 +152,7 @@ def building(
         job = TrainerState(
             config=config,
             ranks=ranks,
-            groups=GroupSource(sampler, prompts, config),
+            groups=groups,
             policy=policy,
             critic=critic,
             objective=Objective(config.algorithm, config.sampling.max_tokens),
@@ -214,7 +213,13 @@ def make_saves(
 
 
 def make_checkpoints(
-    config: Config, spec: ModelSpec, folder: Path, phases: Phases, critic: Critic | None, ranks: Ranks
+    config: Config,
+    spec: ModelSpec,
+    folder: Path,
+    phases: Phases,
+    critic: Critic | None,
+    ranks: Ranks,
+    prompts: PromptDataset | None = None,
 ) -> CheckpointManager:
     """Return the manager of the checkpoints in `folder`.
 
@@ -227,6 +232,7 @@ def make_checkpoints(
         phases: moves policy and critic to the device while they are saved.
         critic: critic of this rank, if any.
         ranks: coordinates of this rank.
+        prompts: training prompts, of which rollouts may be carried from step to step; None: there are none.
     """
     keys = config.parallel.model_dump(exclude_defaults=True)
     layout = " ".join([f"world_size={ranks.topology.world_size}", *(f"{key}={value}" for key, value in keys.items())])
@@ -239,6 +245,7 @@ def make_checkpoints(
         model=describe_model(hf_shapes(spec)),
         layout=layout,
         background=BackgroundSaves(config.guard.timeout_seconds) if config.checkpoint.asynchronous else None,
+        carried=None if prompts is None else carried_parts(config, prompts, ranks),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from grpo_mega.checkpoint.carried_parts import CarriedParts
 from grpo_mega.config.schema import Config
+from grpo_mega.data.answer_text import answer_text
 from grpo_mega.data.chat import ResultText, load_tokenizer, text_with_special_tokens, token_ends
+from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.environments.base import build_environment
 from grpo_mega.environments.pool import EnvironmentPool
 from grpo_mega.interfaces import Engine
@@ -20,10 +24,16 @@ from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rewards.base import RewardComponent, build_rewards
 from grpo_mega.rewards.pool import RewardPool
-from grpo_mega.rollout.answer_times import AnswerTimes, MeasuredGenerator
+from grpo_mega.rollout.answer_times import AnswerTimes, MeasuredGenerator, SamplingMeasurement
+from grpo_mega.rollout.carried_rollouts import CarriedRollouts, PromptShard, redistribute
+from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_rank_within, broadcast_within
+from grpo_mega.rollout.partial_sampler import PartialSampler, numbered_prompts
 from grpo_mega.rollout.sampler import Generator, Sampler
+from grpo_mega.rollout.slices import SliceSampler
 from grpo_mega.types import Reward
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,10 @@ def make_sampler(
     collectives: ArrayCollectives,
     timers: PhaseTimer,
     model_folder: Path,
+    dialogue: MultiTurnGenerator | None,
     answers: AnswerTimes | None = None,
 ) -> Sampler:
-    """Build the sampler. Collective if replicas have several ranks and there is an environment.
+    """Build the sampler.
 
     Args:
         config: sections sampling, environment, reward and algorithm.
@@ -75,12 +86,11 @@ def make_sampler(
         collectives: of this rank.
         timers: timer of the phase `reward`.
         model_folder: holds the tokenizer.
+        dialogue: of `make_dialogue`.
         answers: collects the times of this rank's rollouts; None: they are not measured.
     """
     timers.count_progress(lambda: engine.steps)
-    generator: Generator = engine
-    if config.environment is not None:
-        generator = _multi_turn_generator(config, engine, workers, collectives.ranks, model_folder)
+    generator: Generator = engine if dialogue is None else dialogue
     ends_of = special_text_of = None
     if config.algorithm.advantage in ("process", "gae") and not config.reward.shuffle:  # shuffled rewards have no steps
         ends_of = partial(token_ends, load_tokenizer(model_folder))
@@ -95,18 +105,109 @@ def make_sampler(
     return Sampler(generator, workers.rewards, collectives, timers, per_wave, names, floor_of, ends_of, special_text_of)
 
 
-def _multi_turn_generator(
+def make_source(
+    config: Config,
+    engine: Engine,
+    workers: Workers,
+    collectives: ArrayCollectives,
+    timers: PhaseTimer,
+    model_folder: Path,
+    answers: AnswerTimes,
+    prompts: PromptDataset,
+) -> tuple[Sampler, GroupSource]:
+    """Build the sampler of this rank, and the source of the groups of each step. Collective.
+
+    Args:
+        config: sections sampling, environment, reward, algorithm, engine and data.
+        engine: of this rank.
+        workers: of `start_workers`.
+        collectives: of this rank.
+        timers: timer of the phase `reward`.
+        model_folder: holds the tokenizer.
+        answers: collects the times of this rank's rollouts.
+        prompts: training prompts.
+    """
+    dialogue = make_dialogue(config, engine, workers, collectives.ranks, model_folder)
+    sampler = make_sampler(config, engine, workers, collectives, timers, model_folder, dialogue, answers)
+    partial_sampler = None
+    if config.sampling.partial is not None:
+        measurement = SamplingMeasurement(answers, engine.take_gauges, workers.environments)
+        partial_sampler = _partial_sampler(
+            config, engine, sampler, dialogue, prompts, timers, model_folder, measurement
+        )
+    return sampler, GroupSource(sampler, prompts, config, partial_sampler)
+
+
+def _partial_sampler(
+    config: Config,
+    engine: Engine,
+    sampler: Sampler,
+    dialogue: MultiTurnGenerator | None,
+    prompts: PromptDataset,
+    timers: PhaseTimer,
+    model_folder: Path,
+    measurement: SamplingMeasurement,
+) -> PartialSampler:
+    """Build the sampler of partial rollouts, which scores as `sampler` does. Collective if the replica has copies."""
+    text_of = partial(answer_text, load_tokenizer(model_folder))
+    return PartialSampler(
+        SliceSampler(engine, config.sampling.slice_tokens, config.engine.max_num_seqs, text_of, dialogue),
+        sampler.scoring,
+        sampler.collectives,
+        timers,
+        config,
+        numbered_prompts(prompts, config.data.prompts_per_step, config.run.seed),
+        lambda: engine.policy_version,
+        measurement,
+        sampler.component_names,
+        _any_rank_of_replica(sampler.collectives.ranks) if dialogue is None else dialogue.any_unfinished,
+    )
+
+
+def carried_parts(config: Config, prompts: PromptDataset, ranks: Ranks) -> CarriedParts | None:
+    """Return the files of carried rollouts in a checkpoint; None without `sampling.partial`.
+
+    Args:
+        config: sections sampling, data and run.
+        prompts: training prompts.
+        ranks: coordinates of this rank.
+    """
+    if config.sampling.partial is None:
+        return None
+    per_step, share = config.data.prompts_per_step, ranks.at.share
+    shard = PromptShard(share, ranks.topology.num_shares, per_step)
+    prompt_of = numbered_prompts(prompts, per_step, config.run.seed)
+
+    def read(paths: Sequence[Path]) -> CarriedRollouts:
+        if len(paths) == shard.num_shares:
+            return CarriedRollouts.from_bytes(paths[share].read_bytes(), prompt_of)
+        log.warning("carried rollouts of %d prompt shards are dealt out to %d", len(paths), shard.num_shares)
+        return redistribute([CarriedRollouts.from_bytes(path.read_bytes(), prompt_of) for path in paths], shard)
+
+    return CarriedParts(ranks.rank, ranks.at.engine_tp_rank == 0, read)
+
+
+def make_dialogue(
     config: Config, engine: Engine, workers: Workers, ranks: Ranks, model_folder: Path
-) -> MultiTurnGenerator:
+) -> MultiTurnGenerator | None:
+    """Build the generator of rollouts with several turns; None without an environment.
+
+    Collective if replicas have several ranks and there is an environment.
+
+    Args:
+        config: section environment.
+        engine: of this rank.
+        workers: of `start_workers`.
+        ranks: coordinates of this rank.
+        model_folder: holds the tokenizer.
+    """
     environment, topology = config.environment, ranks.topology
-    assert environment is not None
-    shard_group = replica_group = None
+    if environment is None:
+        return None
+    shard_group = None
     if topology.share_size > 1:
         groups = [dist.new_group(topology.share_ranks(i)) for i in range(topology.num_shares)]
         shard_group = groups[ranks.at.share]
-    if topology.engine_ranks > topology.share_size:
-        groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
-        replica_group = groups[ranks.at.replica]
     stop = environment.stop if environment.stop is not None else build_environment(environment).stop
     return MultiTurnGenerator(
         engine,
@@ -115,8 +216,17 @@ def _multi_turn_generator(
         stop=stop,
         max_turns=environment.max_turns,
         share=broadcast_within(shard_group, topology.share_ranks(ranks.at.share)[0]),
-        any_unfinished=any_rank_within(replica_group),
+        any_unfinished=_any_rank_of_replica(ranks),
     )
+
+
+def _any_rank_of_replica(ranks: Ranks) -> Callable[[bool], bool]:
+    """Return a function that is True if its argument is True on any rank of the replica. Collective."""
+    topology = ranks.topology
+    if topology.engine_ranks == topology.share_size:
+        return any_rank_within(None)
+    groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
+    return any_rank_within(groups[ranks.at.replica])
 
 
 def _lowest_reward(components: Sequence[RewardComponent], dataset: str) -> Reward:

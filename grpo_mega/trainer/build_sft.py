@@ -44,7 +44,7 @@ from grpo_mega.trainer.build import (
     report_fp8,
 )
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
-from grpo_mega.trainer.build_rollout import make_sampler, start_workers
+from grpo_mega.trainer.build_rollout import make_dialogue, make_sampler, start_workers
 from grpo_mega.trainer.example_batch import explain_examples
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.rollback import Rollbacker
@@ -172,7 +172,8 @@ def _build_engine_side(
     with phases.reading_weights():
         sync = make_sync(config, policy, engine, ranks)
         report_fp8(config, policy, folder, is_first=ranks.is_first)
-    sampler = make_sampler(config, engine, workers, collectives, timers, model_folder)
+    dialogue = make_dialogue(config, engine, workers, ranks, model_folder)
+    sampler = make_sampler(config, engine, workers, collectives, timers, model_folder, dialogue)
     return EngineSide(config, phases, sync, make_evaluator(config, sampler, held_out, collectives), timers)
 
 

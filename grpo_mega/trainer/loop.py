@@ -34,6 +34,7 @@ from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.step_metrics import IsRight, StepResult
 from grpo_mega.trainer.token_metrics import token_metrics
+from grpo_mega.types import TokenValues
 from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 
 
@@ -85,12 +86,13 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         objective = job.objective.at(state.kl_coef)
         learned = learn(job, objective, groups, step, state.policy_version)
         batch, updates = learned.batch, learned.updates
-        differences, gather = Differences.of(groups.tokens, learned.old_log_probs), job.transfer.collectives.gather
+        differences, gather = differences_of(groups, learned.old_log_probs), job.transfer.collectives.gather
         if not job.guard.skipped_non_finite:  # the log-probs of the policy may not be finite
             job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
         of_tokens = token_metrics(differences, groups, batch, job.transfer)
         guarded = finish_guarded_step(job.guard, groups, updates, of_tokens, job.transfer.collectives.sum)
-        state = state.after(step, len(updates), objective.next_kl_coef(updates))
+        carried = None if groups.carry is None else groups.carry.rollouts
+        state = state.after(step, len(updates), objective.next_kl_coef(updates), carried)
         job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
         synced = push_weights(job, state)
         evaluate_if_due(job, state)
@@ -116,6 +118,12 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
     return state
 
 
+def differences_of(groups: SampledGroups, old_log_probs: TokenValues) -> Differences:
+    """Compare policy and engine on the tokens that the present weights sampled, of the rollouts of this rank."""
+    version = None if groups.carry is None else groups.carry.policy_version
+    return Differences.of(groups.tokens, old_log_probs, version)
+
+
 def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGroups:
     """Sample the groups of a step; `state` is that before the step. Collective.
 
@@ -126,7 +134,8 @@ def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGrou
 
     def sample() -> SampledGroups:
         with job.phases.sampling(), job.timers.phase("rollout"):
-            return job.groups.sample(step, rollbacks.prompts_step_of(step), rollbacks.attempt_of(step))
+            prompts_step, attempt = rollbacks.prompts_step_of(step), rollbacks.attempt_of(step)
+            return job.groups.sample(step, prompts_step, attempt, state.carried)
 
     return job.engines.sample(sample, lambda: push_weights(job, state))
 

@@ -7,7 +7,7 @@ Asserted by tests/unit/trainer/test_mismatch.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +37,14 @@ class Differences:
     counts: NDArray[np.int64]
 
     @classmethod
-    def of(cls, tokens: RolloutTokens, old_log_probs: TokenValues) -> Differences:
+    def of(cls, tokens: RolloutTokens, old_log_probs: TokenValues, policy_version: int | None = None) -> Differences:
         """Compare the rollouts of `old_log_probs`.
 
         Args:
             tokens: rollouts that this rank sampled.
             old_log_probs: of some of these rollouts, float32.
+            policy_version: of the weights of `old_log_probs`. Tokens that other weights sampled are left out: their
+                difference is a change of the policy. None: the same weights sampled all tokens.
 
         Raises:
             ValueError: a rollout has another number of old log-probs than of loss tokens.
@@ -56,7 +58,13 @@ class Differences:
                 f"{len(old_log_probs.values)} old log-probs of {len(old_log_probs.ids)} rollouts; the sampler gave "
                 f"{len(sampled.values)} loss tokens of {len(sampled.ids)} of them"
             )
-        return cls(known, old_log_probs.values.astype(np.float64), sampled.values.astype(np.float64), sampled.counts)
+        old = old_log_probs.values
+        if policy_version is not None:
+            is_present = known.policy_versions == policy_version
+            old = old[is_present[known.loss_mask]]
+            known = replace(known, loss_mask=known.loss_mask & is_present)
+            sampled = known.on_loss_tokens(known.sampler_log_probs)
+        return cls(known, old.astype(np.float64), sampled.values.astype(np.float64), sampled.counts)
 
     @property
     def sizes(self) -> NDArray[np.float64]:

@@ -212,7 +212,9 @@ class RunReporter:
             self._writer.submit(lambda: write_reason(folder, reason))
         data = self._data.metrics(result.guard.prompts_step or result.step, self._prompts_per_step)
         self._write_line(result.step, int(lengths.sum()), {**metrics, **sampled, **work, **data}, times, reports)
-        self._write(steps=result.step, policy_digest=result.sync.policy_digest)
+        carry = result.groups.carry
+        carried = None if carry is None else {"groups": carry.num_groups, "tokens": carry.num_tokens}
+        self._write(steps=result.step, policy_digest=result.sync.policy_digest, carried=carried)
 
     def example_step(self, result: ExampleStepResult) -> None:
         """Write the metrics line. The digest of the policy is computed at the ends of the run only."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from grpo_mega.data.expert_records import has_record
 from grpo_mega.data.rollout_tokens import RolloutTokens, offsets_of
-from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.rollout.sampled_groups import SampledGroups, StepCarry
 from grpo_mega.trainer.batch import TrainBatch
 from grpo_mega.trainer.mismatch import Differences, mismatch_metrics
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
@@ -33,12 +33,36 @@ def token_metrics(
     found = mismatch_metrics(collectives.gather(differences.sums()))
     texts = collectives.gather(np.stack([repetition_of(groups.tokens), scripts_of(groups)])).sum(axis=0)
     found |= text_metrics(texts[0], texts[1])
+    if groups.carry is not None:
+        found |= staleness_metrics(collectives.gather(staleness_of(groups.tokens, groups.carry)), groups.carry)
     if table.has_experts.any():
         recorded = collectives.gather(np.array([float(num_recorded(groups.tokens))])).sum()
         found["train/unreplayed_fraction"] = float(1.0 - recorded / table.loss_tokens.sum())
     if batch.values is not None and batch.returns is not None:
         found |= critic_metrics(batch.values, batch.returns, transfer)
     return found
+
+
+def staleness_of(tokens: RolloutTokens, carry: StepCarry) -> NDArray[np.float64]:
+    """Return sum and maximum of the ages of the loss tokens, the number of older ones, and of all: [K] with K = 4.
+
+    The age is the number of updates between the weights that sampled the token and those of the step.
+    """
+    ages = carry.policy_version - tokens.policy_versions[tokens.loss_mask].astype(np.float64)
+    return np.array([ages.sum(), ages.max(initial=0.0), (ages > 0).sum(), len(ages)])
+
+
+def staleness_metrics(parts: NDArray[np.float64], carry: StepCarry) -> dict[str, float]:
+    """Return the metrics of partial rollouts from the `staleness_of` of all ranks, [ranks, K]."""
+    count = max(1.0, parts[:, 3].sum())
+    return {
+        "rollout/staleness_mean": float(parts[:, 0].sum() / count),
+        "rollout/staleness_max": float(parts[:, 1].max()),
+        "rollout/carried_fraction": float(parts[:, 2].sum() / count),
+        "rollout/dropped_groups": float(carry.num_dropped),
+        "rollout/carried_groups": float(carry.num_groups),
+        "rollout/carried_tokens": float(carry.num_tokens),
+    }
 
 
 def repetition_of(tokens: RolloutTokens) -> NDArray[np.float64]:

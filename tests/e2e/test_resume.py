@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -15,6 +14,7 @@ import pytest
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.jobs import (
     SMALL,
+    kill_when_complete,
     kill_with_children,
     read_json,
     read_lines,
@@ -59,26 +59,11 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert (run / exported).read_bytes() == (expected / exported).read_bytes()
 
 
-def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[str] = ARGUMENTS) -> None:
-    """Start the run, and kill all of its processes after the checkpoint of `step`, in the next step."""
-    complete = run / "checkpoints" / f"step_{step:06d}" / "complete"
-    with running_job([*arguments, f"run.dir={run}"], output) as process:
-        deadline = time.monotonic() + 300
-        while not complete.exists():
-            assert process.poll() is None, output.with_suffix(".err").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.1)
-        members = process.children(recursive=True)
-        kill_with_children(process)
-    assert [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
-
-
 def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_run(
     uninterrupted_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    kill_when_complete(run, 2, tmp_path / "first")
+    kill_when_complete(run, 2, tmp_path / "first", ARGUMENTS)
     assert not (run / "checkpoints" / f"step_{STEPS:06d}" / "complete").exists(), "it ended before it was killed"
     assert read_json(run / "summary.json")["status"] == "interrupted"
     # Files that a kill in the next step may also leave.

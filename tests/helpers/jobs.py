@@ -111,3 +111,18 @@ def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics.jsonl without the values that depend on time."""
     return {name: value for name, value in line.items() if not depends_on_time(name)}
+
+
+def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[str]) -> None:
+    """Start the run, and kill all of its processes after the checkpoint of `step`, in the next step."""
+    complete = run / "checkpoints" / f"step_{step:06d}" / "complete"
+    with running_job([*arguments, f"run.dir={run}"], output) as process:
+        deadline = time.monotonic() + 300
+        while not complete.exists():
+            assert process.poll() is None, output.with_suffix(".err").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        members = process.children(recursive=True)
+        kill_with_children(process)
+    assert [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []

@@ -18,7 +18,8 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.rollout.sampler import Sampler, SamplingFailedError, derived_seed, locate_step_tokens
+from grpo_mega.rollout.sampler import Sampler, SamplingFailedError, derived_seed
+from grpo_mega.rollout.scoring import locate_step_tokens
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
 from tests.helpers.thread_ranks import on_ranks, one_rank

@@ -98,3 +98,17 @@ def test_equal_tokens_after_equal_tokens_of_a_prompt_count_once_with_their_large
     kept = found.distinct(np.array([7, 7, 7, 8, 7]))
     # the second token of the first rollout has the smaller difference; the first tokens of both differ equally
     assert kept.tolist() == [0, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_only_tokens_of_the_present_weights_are_compared() -> None:
+    """A difference of 3 nats at a token of older weights is a change of the policy, not of numerics."""
+    carried = Completion([4, 5, 6], [-1.0, -4.0, -2.0], "eos", 4, "", policy_versions=[2, 2, 4])
+    rollouts = [Rollout(Prompt(7, "", (0, 5), ""), carried, Reward(0.0), 0), rollout([-3.0])]
+    tokens, old = RolloutTokens.of(list(enumerate(rollouts))), token_values([[-1.0, -1.0, -2.5], [-3.0]])
+    found = Differences.of(tokens, old, policy_version=4)
+    assert (found.old.tolist(), found.sampled.tolist()) == ([-2.5, -3.0], [-2.0, -3.0])
+    assert found.counts.tolist() == [1, 1]
+    assert found.distinct(np.array([7, 7])).tolist() == [0, 1]
+    assert (found.place(0), found.place(1)) == ((0, 0), (1, 0))
+    assert Differences.of(tokens, old).sums()[0] == 3.0
+    assert Differences.of(tokens, old, policy_version=9).sums().tolist() == [0.0] * 5

@@ -10,8 +10,10 @@ import torch
 
 from grpo_mega.data.rollout_tokens import RolloutTokens
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout.carried_rollouts import CarriedRollouts, PromptShard
+from grpo_mega.rollout.sampled_groups import StepCarry
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
-from grpo_mega.trainer.token_metrics import critic_metrics, num_recorded
+from grpo_mega.trainer.token_metrics import critic_metrics, num_recorded, staleness_metrics, staleness_of
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 from tests.helpers.thread_ranks import on_ranks
 from tests.helpers.token_values import token_values
@@ -51,3 +53,23 @@ def test_tokens_with_a_routing_record_are_counted(dtype: torch.dtype) -> None:
     assert tokens.expert_choices is not None
     assert tokens.expert_choices.dtype == np.dtype(str(dtype).removeprefix("torch."))
     assert num_recorded(tokens) == 3
+
+
+def test_staleness_by_hand() -> None:
+    """Ages of trained tokens on two ranks: 4, 4, 0 and 0, 0; a rank without rollouts counts nothing."""
+    several = Completion([1, 2, 3, 4], [-1.0] * 4, "eos", 9, "", loss_mask=[1, 1, 0, 1], policy_versions=[5, 5, 2, 9])
+    present = Completion([1, 2], [-1.0] * 2, "eos", 9, "")
+    carry = StepCarry(CarriedRollouts.after_step(2, PromptShard(0, 3, 6)), 9, num_dropped=2, num_groups=3, num_tokens=7)
+    ranks = [
+        RolloutTokens.of([(i, Rollout(Prompt(0, "", (1, 2), ""), c, Reward(0.0), 0)) for i, c in enumerate(of_rank)])
+        for of_rank in ([several], [present], [])
+    ]
+    found = staleness_metrics(np.stack([staleness_of(tokens, carry) for tokens in ranks]), carry)
+    assert found == {
+        "rollout/staleness_mean": 8 / 5,
+        "rollout/staleness_max": 4.0,
+        "rollout/carried_fraction": 2 / 5,
+        "rollout/dropped_groups": 2.0,
+        "rollout/carried_groups": 3.0,
+        "rollout/carried_tokens": 7.0,
+    }
