@@ -5,8 +5,8 @@
 Both sides train the same random model of the quickstart's size. It ends an answer at every token with a probability
 that depends on the last token of the prompt: three quarters of the answers have a mean length of 36 tokens, and one
 quarter of 90, so that p99/p50 is about 8. Rewards are shuffled and the learning rate is tiny, so that lengths do not
-change. The sides make their steps alternately, each in its own run folder that is continued in every round. The start of the
-processes and the first steps of each side are not counted: a partial run begins with short answers only.
+change. The sides make their steps alternately, each in its own run folder that is continued in every round. The start
+of the processes and the first steps of each side are not counted: a partial run begins with short answers only.
 `measured` is the updates per hour with partial rollouts, `reference` those without.
 """
 
@@ -43,7 +43,7 @@ PARTIAL = "sampling.partial={oversubmit: 2.0, slice_tokens: 16, max_staleness: 1
 
 
 @dataclass(frozen=True)
-class Side:
+class MeasuredSide:
     """Steps of one side after the first ones.
 
     Attributes:
@@ -193,14 +193,14 @@ def _train(folder: Path, name: str, steps: int, more: Sequence[str]) -> None:
         raise RuntimeError(f"the {name} run failed:\n{done.stdout[-500:]}{done.stderr[-2000:]}")
 
 
-def _read(run: Path) -> Side:
+def _read(run: Path) -> MeasuredSide:
     from grpo_mega.observe.rollout_files.reader import read_step
     from grpo_mega.observe.run_folder import RunFolder
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["step"] > WARM_STEPS]
     tables = [read_step(RunFolder(run).rollouts_of(line["step"]), ["completion_ids"]).table for line in lines]
-    return Side(
+    return MeasuredSide(
         [line["time/step_seconds"] for line in lines],
         [line["time/rollout_seconds"] for line in lines],
         [line["train/num_loss_tokens"] for line in lines],

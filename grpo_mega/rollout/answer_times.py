@@ -108,7 +108,9 @@ class MeasuredGenerator:
 
     Args:
         generator: samples.
-        times, take_gauges, environments: those of `SamplingMeasurement`.
+        times: collects the measurements.
+        take_gauges: see `SamplingMeasurement`.
+        environments: see `SamplingMeasurement`.
     """
 
     def __init__(
