@@ -21,7 +21,16 @@ _CHARACTERS = str.maketrans(
     | dict.fromkeys("\u2010\u2011\u2012\u2212\u207b\u02d7\u2796\ufe63\uff0d", "-")  # hyphens and minus signs
     | dict.fromkeys("\u00a0\u2007\u2009\u202f", "\u2009")  # spaces that group digits become one kind of space
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # characters without width
-    | {"\uff0c": ",", "\uff0e": ".", "\uff0b": "+", "\u2044": "/", "\u00d7": "*", "\u22c5": "*", "\u2248": "="}
+    | {
+        "\uff0c": ",",
+        "\uff0e": ".",
+        "\uff0b": "+",
+        "\u2044": "/",
+        "\u00d7": "*",
+        "\u22c5": "*",
+        "\u2248": "=",
+        "\u00b0": " ",
+    }
     | {"\u066b": ".", "\u066c": ","}  # separators between Arabic digits
 )
 _DIGITS_OF_OTHER_SCRIPTS = re.compile(r"[^\x00-\x7f\D]")
@@ -33,7 +42,8 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|bf|rm)\b\s?"), ""),
     (re.compile(r"\\(?:times|cdot)\b"), "*"),
     (re.compile(r"\\(?:approx|equiv)\b"), "="),
-    (re.compile(r"\\(?:left|right|displaystyle)\b|\\!|\^\{?\\circ\}?|\u00b0"), ""),
+    (re.compile(r"\\!"), ""),
+    (re.compile(r"\\(?:left|right|displaystyle)\b|\^\{?\\circ\}?"), " "),
     (re.compile(r"\\[,;:>]|\\thinspace\b"), "\u2009"),
     (re.compile(r"\\([$%#&_{} ])"), r"\1"),
     (re.compile(r"\\[()\[\]]"), " "),
@@ -63,7 +73,8 @@ _SCALE = re.compile(rf"[\s-]{{0,2}}({'|'.join(SCALES)})(?:s|es)?\b", re.IGNORECA
 _UNITS_IN_LATEX = "quad|qquad|degree|cent|hspace|end|checkmark|square|blacksquare|Box|newline|par|implies|R?rightarrow"
 _VARIABLE = r"(?!(?:in|oz|yr|px|pc|cc|ea)\b)(?:[bcefijnopqruvwxyz]|(?<=[0-9])(?:a|[abcefijnopqruvwxyz]{2}))(?![A-Za-z])"
 _GLUED = re.compile(
-    r"\s?(?:[\^!]|_\{?[0-9A-Za-z]|-?[\u00b2\u00b3\u00b9\u2070-\u209c]|(?<=[0-9])[ie](?![A-Za-z])|[eE][-+]?[0-9]|[-+*/\u00f7\u2013\u2014x]\s?[$\u20ac\u00a3]?\.?[0-9]"
+    r"\s?(?:[\^!]|_\{?[0-9A-Za-z]|-?[\u00b2\u00b3\u00b9\u2070-\u209c]|(?<=[0-9])[ie](?![A-Za-z])|[eE][-+]?[0-9]"
+    r"|[-+*/\u00f7\u2013\u2014x]\s?[$\u20ac\u00a3]?\.?[0-9]"
     rf"|[MB](?![A-Za-z])|\u03c0|pi(?![A-Zb-qs-z])|{_VARIABLE}|[\u221a-\u221c]|\\(?!(?:{_UNITS_IN_LATEX})\b)[A-Za-z])"
 )
 

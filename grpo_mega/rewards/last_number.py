@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, normalize
+from grpo_mega.rewards.final_answers.alternatives import value_of_same_name_before
+from grpo_mega.rewards.final_answers.hedges import ADMITTED_IGNORANCE, is_rejected
 from grpo_mega.rewards.final_answers.words_around import (
     WORDS_BEFORE,
     has_modifier_before,
@@ -31,13 +33,22 @@ from grpo_mega.rewards.number_answers import (
 _WINDOW = 160  # characters read in prose on either side of the last digit; longer than any number
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _SENTENCE_START = re.compile(r".*(?:\n|[.!?]\s)", re.DOTALL)
-_LIST_BEFORE = re.compile(r"[0-9][\s$]*(?:[-\u2013\u2014,;/:&]|\band\b|\bto\b)?[\s$]*\Z", re.IGNORECASE)
+_LIST_BEFORE = re.compile(
+    r"[0-9][\s$]*(?:[-\u2013\u2014,;/:&\u2192\u21d2]|[-=]>|\band\b|\bto\b)?[\s$]*\Z|[0-9,][\s$,]*(?:\.\.\.|\u2026|\\[lc]?dots)[\s$,]*\Z",
+    re.IGNORECASE,
+)
 _COMPOUND_BEFORE = re.compile(  # `5 hours and 30 minutes`
-    r"[0-9][\s$%]*(?!(?:is|are|was|were|equals?|gives?|makes?|leaves?|has|have|gets?|so|then|means?)\b)[A-Za-z]{1,20}\.?"
+    r"[0-9][\s$%]*(?!(?:is|are|was|were|equals?|gives?|makes?|leaves?|has|have|gets?|so|then"
+    r"|means?)\b)[A-Za-z]{1,20}\.?"
     r"\s*(?:,|&|\+|\band\b)?[\s$]*\Z",
     re.IGNORECASE,
 )
-_JOINED_EQUATION = re.compile(r"[0-9][^.\n0-9]{0,20}\bor\b[^.\n0-9]{0,20}=[\s$]*\Z", re.IGNORECASE)  # x = 4 or x = 5
+_JOINED_EQUATION = re.compile(
+    r"[0-9]\s*\bor\b(?:\s+(?:was|is|it|maybe|perhaps|rather|the|an?))*[\s$]*\Z"
+    r"|[0-9][^.\n0-9]{0,20}\bor\b[^.\n0-9]{0,20}=[\s$]*\Z",
+    re.IGNORECASE,
+)  # x = 4 or x = 5
+_IGNORANCE = re.compile(ADMITTED_IGNORANCE, re.IGNORECASE)
 _DENIED = re.compile(rf"\b(?:{WORDS_BEFORE})\b|n't\b", re.IGNORECASE)
 _LABELED = re.compile(r"\b(?!(?:is|are|was|be|equals|answer|total)\b)[A-Za-z]{2,}\s+\(\s*\Z", re.IGNORECASE)
 _DIGITS = re.compile(r"[0-9][0-9.,/]*")
@@ -68,6 +79,9 @@ def last_number(text: str) -> Answer:
     number = numbers[-1]
     before = _SENTENCE_START.sub("", plain[: number.start])
     behind = _SENTENCE_END.split(plain[number.end :], maxsplit=1)[0]
+    following = plain[number.end + len(behind) :]
+    if is_rejected(behind) or is_rejected(following) or _IGNORANCE.search(text[-4 * _WINDOW :]) is not None:
+        return NO_ANSWER
     if is_hedged(before) or is_operand(plain, number) or is_doubtful(behind, number):
         return NO_ANSWER
     if is_unfinished(plain, number.end) or is_continued(plain, number.end + len(behind)):
@@ -81,6 +95,8 @@ def last_number(text: str) -> Answer:
     if is_unreadable(f"{before}0{behind}"):
         return NO_ANSWER
     if _LIST_BEFORE.search(before) or _COMPOUND_BEFORE.search(before) or _JOINED_EQUATION.search(before):
+        return NO_ANSWER
+    if value_of_same_name_before(before) is not None:
         return NO_ANSWER
     if QUALIFIER.search(before) and _DIGITS.search(before):
         return NO_ANSWER  # `72 apples after 3 days`

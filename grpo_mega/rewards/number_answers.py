@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, join_spaced_groups, normalize
+from grpo_mega.rewards.final_answers.denials import is_negated_before
 from grpo_mega.rewards.final_answers.words_around import (
     WORDS_BEFORE,
     WORDS_DIRECTLY_BEFORE,
@@ -33,9 +34,11 @@ LEAD_IN = re.compile(
 _LIST_SEPARATOR = re.compile(r"[\s$]*(?:[,;&]|\b(?:or|and|maybe|possibly|perhaps)\b)?[\s$,;]*(?:or|and)?[\s$]*", re.I)
 _RANGE_SEPARATOR = re.compile(r"[\s$]*(?:-|\u2013|\u2014|/|:|\bto\b)[\s$]*", re.IGNORECASE)
 _WORDS = re.compile(r"[^\\^+*/<>|~!%\u00b1\u221a-\u221c\u2260\u2264-\u2267=]*")
-_UNREADABLE = re.compile(  # a condition, a mark of rejection, a stroke through digits, an equation for a multiple
+_UNREADABLE = re.compile(  # a condition, a mark of rejection, a stroke, an operator, an equation for a multiple
     r"\A\W*(?:if|suppose|assume|let)\b|[\u0300-\u036f\u20d0-\u20f0\u2717\u2718\u274c\u274e\u26d4\U0001f6ab\U0001f937]"
-    r"|[\u4e0d\u975e]\u662f?\s*[0-9]|(?<![0-9A-Za-z])[0-9]*[a-z]\s?/\s?[0-9]+\s?=|(?<![0-9A-Za-z])[0-9]+[a-z]\s?=",
+    r"|[\u4e0d\u975e]\u662f?\s*[0-9]|\A[\s$({\[]*(?:\\(?:times|cdot|div|cup|lor|vee|pi)\b"
+    r"|[\u00d7\u22c5\u00b7\u222a\u2228\u2223\u03c0])"
+    r"|[!<>~/]=|(?<![0-9A-Za-z])[0-9]*[a-z]\s?/\s?[0-9]+\s?=|(?<![0-9A-Za-z])[0-9]+[a-z]\s?=",
     re.IGNORECASE,
 )
 _DENIAL = re.compile(rf"\b(?:{WORDS_BEFORE}|over)\b|n't\b", re.IGNORECASE)
@@ -45,7 +48,8 @@ _HEDGE_BEFORE = re.compile(
 _OPERATORS = frozenset("+-\u2013\u2014*/^<>\u00b1\u221a\u221b\u221c\u2260\u2264\u2265\u2266\u2267\u00f7!|")
 _DOUBT = re.compile(
     r"\bor\b|[\u2264\u2265\u2260]|<(?![/|]|\w+>)|(?<![\w|/])>|^[A-Za-z]+[0-9]"
-    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^[\s)\]]*\^|^\s?(?:/(?![A-Za-z]{2}|[hsL]\b)|[+*^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
+    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^[\s)\]]*\^|^\s?(?:/(?![A-Za-z]{2}|[hsL]\b)|[+*^\u00b1\u00f7\u2213]"
+    r"|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
     r"|\b(?:is|was|are)\s*(?:n't|not)\b|\bnot (?:the|correct|right|sure|certain)\b|\b(?:wrong|incorrect|false)\b"
     r"|^\W{0,3}(?:plus|minus|divided|multiplied|squared|cubed|factorial|choose|mod|point)\b|(?:%|\bpercent)\s*of\b"
     r"|\band (?:an?|one|two|three)[ -](?:half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|eighths?|tenths?)\b",
@@ -119,7 +123,8 @@ def is_hedged(before: str) -> bool:
             return False
     if has_modifier_before(before):
         return True
-    return _HEDGE_BEFORE.search(before[-60:]) is not None or before.rstrip()[-1:] in _OPERATORS
+    end = before[-60:]
+    return _HEDGE_BEFORE.search(end) is not None or is_negated_before(end) or before.rstrip()[-1:] in _OPERATORS
 
 
 def is_operand(plain: str, number: FoundNumber) -> bool:

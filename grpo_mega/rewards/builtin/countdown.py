@@ -18,9 +18,8 @@ from fractions import Fraction
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
 from grpo_mega.rewards.final_answers.box_context import read_box
-from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around, is_denied_behind
+from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around, is_denied_behind, visible_answer
 from grpo_mega.rewards.final_answers.words_around import words_change_box
-from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 _MAX_EXPRESSION_CHARACTERS = 300
@@ -73,7 +72,7 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
         ValueError: the reference is not JSON of this form.
     """
     target, numbers = _parse_task(reference)
-    sides = _extract_equation(answer_part(prompt, completion)).split("=")
+    sides = _extract_equation(visible_answer(prompt, completion)).split("=")
     if len(sides) > 1 and _NUMBER.fullmatch(sides[0]) and not _uses(sides[0], numbers, use_all=use_all):
         sides[:2] = sides[1::-1]  # `98 = 44+19+35`
     expression, *results = sides

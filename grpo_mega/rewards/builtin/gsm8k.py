@@ -16,6 +16,8 @@ from grpo_mega.rewards.answer_parsing import SCALES
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.final_answers.box_context import BoxedAnswer
 from grpo_mega.rewards.final_answers.finder import FinalAnswer, Source, find_final_answer
+from grpo_mega.rewards.final_answers.hedges import visible_answer
+from grpo_mega.rewards.final_answers.statements import tagged_values
 from grpo_mega.rewards.final_answers.words_around import words_change_box
 from grpo_mega.rewards.last_number import is_denied, last_number
 from grpo_mega.rewards.number_answers import (
@@ -26,7 +28,6 @@ from grpo_mega.rewards.number_answers import (
     same_answer,
     starts_with_number,
 )
-from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 _TAGS = re.compile(r"</?(?:answer|b|strong|i|em|u|p|br|div|span|center)\s?/?>", re.IGNORECASE)
@@ -60,7 +61,7 @@ def gsm8k(prompt: str, completion: str, reference: str, strict: bool = False) ->
     Source: the answer convention of GSM8K, arXiv:2110.14168.
     Differs: also reads boxes and prose, and compares values instead of strings.
     """
-    found = final_answer(answer_part(prompt, completion), strict=strict)
+    found = final_answer(visible_answer(prompt, completion), strict=strict, prompt=prompt)
     expected = reference_answer(reference)
     return float(any(same_answer(expected, answer) for answer in (found, *_in_units_of(prompt, found))))
 
@@ -86,11 +87,12 @@ def reference_answer(reference: str) -> Answer:
     return answer
 
 
-def final_answer(text: str, *, strict: bool) -> Answer:
+def final_answer(text: str, *, strict: bool, prompt: str = "") -> Answer:
     """Return the numbers that the final answer of `text` names; empty when it has no final answer."""
+    tagged = tagged_values(text)
     text = _TAGS.sub(" ", text)
     sources: tuple[Source, ...] = ("markers", "boxes") if strict else ("markers", "boxes", "phrases")
-    found = find_final_answer(text, sources, boxes_may_be_retracted=False)
+    found = find_final_answer(text, sources, boxes_may_be_retracted=False, prompt=prompt)
     if found is None:
         return NO_ANSWER if strict else last_number(text)
     if found.is_vague:
@@ -99,7 +101,8 @@ def final_answer(text: str, *, strict: bool) -> Answer:
         return _phrases(text, found)
     answers = [named_numbers(line.text, words_may_lead=line.is_last) for line in found.lines]
     answer = _united([*answers, *(_boxed(text, box) for box in found.boxes)])
-    contrary = [named_numbers(readings[0], words_may_lead=False) for readings in found.readings]
+    others = [*(readings[0] for readings in found.readings), *tagged]
+    contrary = [named_numbers(other, words_may_lead=False) for other in others]
     return NO_ANSWER if any(other and not same_answer(other, answer) for other in contrary) else answer
 
 

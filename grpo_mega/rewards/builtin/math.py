@@ -18,11 +18,11 @@ from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
 from grpo_mega.rewards.final_answers.answer_boxes import boxed_answer
 from grpo_mega.rewards.final_answers.finder import FinalAnswer, Source, find_final_answer
+from grpo_mega.rewards.final_answers.hedges import visible_answer
 from grpo_mega.rewards.final_answers.markers import DECORATION, marked_answer
 from grpo_mega.rewards.final_answers.statements import Readings, sentence_tails, stated_word
 from grpo_mega.rewards.math_answers.comparable_tokens import words_of
 from grpo_mega.rewards.math_answers.equality import MAX_ANSWER_CHARACTERS, is_prose, is_right
-from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 _SOURCES_WITHOUT_BOX: tuple[Source, ...] = ("tags", "markers", "phrases", "results", "sentences")
@@ -70,10 +70,10 @@ def math(prompt: str, completion: str, reference: str, strict: bool = False, cpu
 
 
 def _has_right_answer(prompt: str, completion: str, expected: str, strict: bool) -> bool:
-    text = answer_part(prompt, completion)
+    text = visible_answer(prompt, completion)
     if not text.strip():
         return False
-    found = find_final_answer(text, ("boxes",), boxes_may_be_retracted=True)
+    found = find_final_answer(text, ("boxes",), boxes_may_be_retracted=True, prompt=prompt)
     if found is not None:
         return _are_right_boxes(found, expected)
     if strict:
@@ -84,7 +84,9 @@ def _has_right_answer(prompt: str, completion: str, expected: str, strict: bool)
     word = stated_word(text)
     if word is not None and is_right(word, expected):
         return True
-    found = find_final_answer(_PLAIN_BOX.sub(r"\1", text), _SOURCES_WITHOUT_BOX, boxes_may_be_retracted=True)
+    found = find_final_answer(
+        _PLAIN_BOX.sub(r"\1", text), _SOURCES_WITHOUT_BOX, boxes_may_be_retracted=True, prompt=prompt
+    )
     statements = _statements(found) if found is not None else []
     if is_prose(expected):
         return _says_words(text, statements, expected)

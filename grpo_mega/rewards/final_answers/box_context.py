@@ -32,7 +32,8 @@ _PLAIN_BEHIND = re.compile(r"(?:\\[A-Za-z]+|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|
 _LIST_MARK = re.compile(r"\s*(?:[-*+>|]\s+|\(?\w{1,3}[.)]\s+)\Z")
 _SPACE_BEFORE = re.compile(r"(?:\s|~|\\[,;:!> ])+\Z")
 _COMPLETE_BEFORE = re.compile(
-    r"(?:\A|(?<![<>!])=|(?<![\d\\])[:,;.]|(?<!\\)[:,;.](?=\s)|[&`\"]|\*\*|->|=>|\u2192|\u21d2|\u2234|\u2248"
+    r"(?:\A|(?<![<>!])(?<!\\not)(?<!\\not\s)=|(?<![\d\\])[:,;.]|(?<!\\)[:,;.](?=\s)|[&`\"]|\*\*|->|=>|\u2192|\u21d2"
+    r"|\u2234|\u2248"
     r"|\\(?:approx|simeq|in|equiv|implies|Rightarrow|Longrightarrow|rightarrow|to|iff|therefore|quad|qquad|land"
     r"|displaystyle|large|Large|LARGE|huge|colon)|\\(?:text|mathrm|textbf)\s*\{[^{}]*\})\s*\\?\s*\Z"
 )
@@ -41,13 +42,19 @@ _LAYOUT_COMMAND = re.compile(
     r"|\\(?:center|centering|hfill|noindent|par|displaystyle|large|Large|LARGE|huge|Huge))\s*(\{?)\s*\Z"
 )
 _SPACE_BEHIND = re.compile(
-    r"(?:\s|~|\\[,;:! ])*(?:\\q?quad(?![A-Za-z])(?!\s*[-+]?\d)(?!.*\b(?:otherwise|else)\b).*)?", re.DOTALL
+    r"(?:\s|~|[\u200b\u2060\ufeff]|\\[,;:! ])*(?:\\q?quad(?![A-Za-z])(?!\s*[-+]?\d)(?!.*\b(?:otherwise|else)\b).*)?",
+    re.DOTALL,
 )
 _CASES_BEFORE = re.compile(r"\\begin\{[dr]?cases\}(?!.*\\end\{)", re.DOTALL)
-_NUMBER_BEFORE = re.compile(r"\s*(-?\d{1,30})\s*=\s*\Z")
+_EMPHASIS_BEFORE = re.compile(r"(?:\A|(?<=\s))(\*{1,3}|_{1,3})\Z")
+_FORMULA_BEFORE = re.compile(r"(?:\A|\$|\n)\s*(-?\d{1,30})\s*=\s*\$\s*\Z")
+_NUMBER_BEFORE = re.compile(r"(?:\A|=)\s*(-?\d{1,30})\s*=\s*\Z")
 _COMPLETE_BEHIND = re.compile(
-    r"\Z|\(\s*\\text|[,;:?&`\"\u2192](?!\d)|\.(?!\d)|\*\*|->|=>|=\s*\Z|[\u2705\u2713\u2714\u25a0\u220e\u25a1]|\\(?:text|mathrm|textbf|textit)\b"
-    r"|\\(?:implies|Rightarrow|rightarrow|to|iff)(?![A-Za-z])(?!\s*[-+]?\d)|\\(?:tag|label|qed|end|square|blacksquare|Box|checkmark)(?![A-Za-z])"
+    r"\Z|\(\s*\\text|[,;:?&`\"\u2192](?!\d)|\.(?!\d)|\*\*|->|=>|=\s*\Z"
+    r"|[\u2705\u2713\u2714\u2728\U0001f389\U0001f44d\U0001f4af\U0001f60a\U0001f642\U0001f680\u25a0\u220e\u25a1]"
+    r"|\\(?:text|mathrm|textbf|textit)\b"
+    r"|\\(?:implies|Rightarrow|rightarrow|to|iff)(?![A-Za-z])(?!\s*[-+]?\d)|\\(?:tag|label|qed|end|square|blacksquare"
+    r"|Box|checkmark)(?![A-Za-z])"
 )
 _DASH_BEHIND = re.compile(r"\s+[-\u2013\u2014]\s*\Z|\s*[|)]|\s+\(")
 _SCALE_BEHIND = re.compile(
@@ -55,7 +62,8 @@ _SCALE_BEHIND = re.compile(
 )
 _HEDGE_BEHIND = re.compile(
     r"(?:[\s$*)\](\[\\.,]|\\q?quad(?![A-Za-z])|\\[;:!]|\\text\s*\{)*"
-    r"(?:\b(?:or|maybe|perhaps|possibly|alternatively|otherwise|else)\b|(?<=\\)(?:lor|vee|cup)(?![A-Za-z])),?[^.\n$\d-]{0,20}?(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
+    r"(?:\b(?:or|maybe|perhaps|possibly|alternatively|otherwise|else)\b|(?<=\\)(?:lor|vee"
+    r"|cup)(?![A-Za-z])),?[^.\n$\d-]{0,20}?(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
     re.IGNORECASE,
 )
 _UNIT_BEHIND = re.compile(
@@ -172,7 +180,7 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
     joined = value_joined_before(window)
     if joined is not None:
         return answer._replace(text=f"{joined} and {content}", is_part=True)
-    before, behind = _without_wrapper(around.before, around.behind)
+    before, behind = _without_wrapper(around.before, around.behind, may_have_emphasis=not around.is_formula)
     is_formula = around.is_formula
     if is_formula and "=" not in before and _CASES_BEFORE.search(text[around.start : start]) is not None:
         return nothing
@@ -196,7 +204,7 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
             return answer._replace(text=f"{content} {unit[1]}")
         words = _WORDS_BEHIND.match(unit[1])
         return nothing if words is not None and text_behind_changes(f" {words[1].strip()}", None) else answer
-    equal = _NUMBER_BEFORE.fullmatch(before) if is_formula else None
+    equal = _NUMBER_BEFORE.search(before) if is_formula else _FORMULA_BEFORE.search(window)
     if equal is not None:
         return answer._replace(text=f"{equal[1]} = {content}")  # 5 = \boxed{4}
     if is_formula and _LIST_BEHIND.match(behind) is not None:
@@ -286,7 +294,7 @@ def _is_separate(before: str) -> bool:
     return _SEPARATED.search(before) is not None and _COMMAND_BEFORE.search(before) is None
 
 
-def _without_wrapper(before: str, behind: str) -> tuple[str, str]:
+def _without_wrapper(before: str, behind: str, *, may_have_emphasis: bool) -> tuple[str, str]:
     r"""Remove commands that enclose the box and have no meaning, like `\textbf{`."""
     if before.strip() == "(" and behind.lstrip().startswith(")"):
         return "", behind.lstrip()[1:]
@@ -297,4 +305,7 @@ def _without_wrapper(before: str, behind: str) -> tuple[str, str]:
         if wrapper is None or closing is None:
             break
         before, behind = before[: wrapper.start()], behind[closing.end() :]
+    emphasis = _EMPHASIS_BEFORE.search(before) if may_have_emphasis else None
+    if emphasis is not None and behind.startswith(emphasis[1]):
+        before, behind = before[: emphasis.start()], behind[len(emphasis[1]) :]
     return before, behind

@@ -15,7 +15,6 @@ from grpo_mega.rewards.final_answers.hedges import (
     is_denied_before,
     is_denied_behind,
     is_retraction,
-    without_struck_out,
 )
 from grpo_mega.rewards.final_answers.markers import DECORATION, MARKER, MarkedLine, marked_lines
 from grpo_mega.rewards.final_answers.statements import (
@@ -26,6 +25,8 @@ from grpo_mega.rewards.final_answers.statements import (
     result_statements,
     statements_behind,
     tagged_statement,
+    tagged_values,
+    value_stated_before,
 )
 
 Source = Literal["boxes", "markers", "tags", "phrases", "results", "sentences"]
@@ -56,45 +57,49 @@ class FinalAnswer:
     is_vague: bool = False
 
 
-def find_final_answer(text: str, sources: Sequence[Source], *, boxes_may_be_retracted: bool) -> FinalAnswer | None:
+def find_final_answer(
+    text: str, sources: Sequence[Source], *, boxes_may_be_retracted: bool, prompt: str = ""
+) -> FinalAnswer | None:
     """Return the final answer from the first of `sources` that the text contains; None if it contains none.
 
     Args:
-        text: a completion without its thoughts.
+        text: a completion without its thoughts and without what it strikes out (`visible_answer`).
         sources: in the order of their priority.
         boxes_may_be_retracted: a box before words like "no, wait" is no statement if another box follows.
+        prompt: numbers of the prompt may be repeated behind the answer.
     """
-    text = without_struck_out(text)
     for source in sources:
-        found = _find(text, source, boxes_may_be_retracted)
+        found = _find(text, source, boxes_may_be_retracted, prompt)
         if found is not None:
             return found
     return None
 
 
-def _find(text: str, source: Source, boxes_may_be_retracted: bool) -> FinalAnswer | None:
+def _find(text: str, source: Source, boxes_may_be_retracted: bool, prompt: str) -> FinalAnswer | None:
     if source == "boxes":
-        return _boxes(text, boxes_may_be_retracted)
+        return _boxes(text, boxes_may_be_retracted, prompt)
     if source == "markers":
-        return _lines(text)
+        return _lines(text, prompt)
     readings = _READERS[source](text)
     if readings is None:
         return None
     return FinalAnswer(source, readings=tuple(readings), is_vague=not readings)
 
 
-def _boxes(text: str, may_be_retracted: bool) -> FinalAnswer | None:
+def _boxes(text: str, may_be_retracted: bool, prompt: str) -> FinalAnswer | None:
     boxes = boxed_answers(text, may_be_retracted=may_be_retracted)
     if not boxes:
         return None
     start, end = boxes[0].start, boxes[-1].end
     behind = [*_marked_values(text), *statements_behind(text, end)]
+    stated = value_stated_before(text, start)
+    behind += [(value,) for value in (*tagged_values(text), *(() if stated is None else (stated,)))]
     is_vague = has_hedge_around(text, start, end) or is_denied_behind(text, end)
-    is_vague = is_vague or offers_other_value_behind(text, end, [box.text for box in boxes])
+    is_vague = is_vague or offers_other_value_behind(text, end, [box.text for box in boxes], prompt)
     return FinalAnswer("boxes", boxes=tuple(boxes), readings=tuple(behind), is_vague=is_vague)
 
 
-def _lines(text: str) -> FinalAnswer | None:
+def _lines(text: str, prompt: str) -> FinalAnswer | None:
     lines = marked_lines(text)
     if not lines:
         return None
@@ -108,7 +113,7 @@ def _lines(text: str) -> FinalAnswer | None:
     behind = statements_behind(text, end)
     is_vague = has_hedge_around(text, start, end) or is_denied_behind(text, end)
     is_vague = is_vague or any(is_denied_before(text, line.start) for line in lines)
-    is_vague = is_vague or offers_other_value_behind(text, end, [line.text for line in lines])
+    is_vague = is_vague or offers_other_value_behind(text, end, [line.text for line in lines], prompt)
     return FinalAnswer("markers", tuple(boxes), tuple(lines), tuple(behind), is_vague)
 
 

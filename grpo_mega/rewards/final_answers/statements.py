@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from grpo_mega.rewards.final_answers.hedges import RETRACTION, is_denied_behind, is_rejected
+from grpo_mega.rewards.final_answers.hedges import ADMITTED_IGNORANCE, RETRACTION, is_denied_behind, is_rejected
 from grpo_mega.rewards.final_answers.words_around import ESTIMATE, is_continued, is_unfinished
 from grpo_mega.rewards.math_answers.tokens import tokenize
 from grpo_mega.rewards.math_answers.units import read_unit
@@ -18,7 +18,7 @@ _MAX_SENTENCES = 4  # at the end of a text, in which a statement is searched
 _MAX_STATEMENTS = 20
 _FORMULA = r"\$\$.*?\$\$|\$[^$]+\$|\\\[.*?\\\]|\\\(.*?\\\)"
 _SENTENCE = re.compile(rf"(?:{_FORMULA}|[^\n.!?]|[.!?](?=\S)|(?<=\d)[!?])+", re.DOTALL)
-_NEXT_QUESTION = re.compile(r"\n[^\w\n]*(?:Q|Question|Problem|User|Human|Instruction)\b", re.IGNORECASE)
+NEXT_QUESTION = re.compile(r"\n[^\w\n]*(?:Q|Question|Problem|User|Human|Instruction)\b", re.IGNORECASE)
 _ANSWER_PHRASE = re.compile(
     r"(?<!/)\banswers?(?:\s[A-Z0-9]\b)?[\s*_]{0,5}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE
 )
@@ -30,6 +30,12 @@ _NUMBER = (
     r"(?![\w^!?/:])"
 )
 _VALUE = re.compile(rf"{_FORMULA}|\([^()]{{1,80}},[^()]{{1,80}}\)|{_NUMBER}", re.DOTALL)
+_STATED_BEFORE = re.compile(
+    rf"\b(?<!if the )answer(?:\s+is|\s*[:=])\s*[*_]*({_NUMBER})[*_]*\s*(?:[.;]|,\s*(?:so|thus"
+    rf"|hence)\b)?[\s*_$]*(?:\\\[)?\s*\Z",
+    re.IGNORECASE,
+)
+_TAGGED = re.compile(r"<answer>([^<]{1,100})</answer>")
 _HEDGE = re.compile(
     r"[\s,;/&]*(?:\b(?:or|and|to|maybe|possibly|perhaps|either)\b[\s,;]*)*[-\u2013/]?\s*", re.IGNORECASE
 )
@@ -52,17 +58,20 @@ _SUBJECT = r"[\s_$*]*(?:(?:the|my|our|your|this|final|correct|right|total)\b[\s*
 _OPERAND_BEFORE = re.compile(  # `-The answer is 5`, `3 + the answer is 5`, `twice the answer is 5`
     r"(?:[-+/^=<>~|\\%!\u221a\u00d7\u00f7\u00b1\u2212\u2013\u2248\u2260\u2264\u2265][(\[{]?"
     r"|(?<![*\s])\s*\*(?=\s*[A-Za-z])|\d(?!\s*[.)])|\w[(\[{]"
-    r"|\b(?:of|times|plus|minus|twice|thrice|half|double|triple|by|than|from|to|in|at|with|for|on|over|under|squared|cubed)"
+    r"|\b(?:of|times|plus|minus|twice|thrice|half|double|triple|by|than|from|to|in|at|with|for|on|over|under|squared"
+    r"|cubed)"
     rf"\b){_SUBJECT}",
     re.IGNORECASE,
 )
 _LIST_MARK = re.compile(
-    r"(?:\s|\*{1,3}|[-+>#|](?=[\s>#|*])|\(?\w{1,3}[.)]\s|[A-Za-z]{2,}\s+\d+\s*:|[A-Za-z]{2,}[\s\d]*\s[-\u2013\u2014]\s)+"
+    r"(?:\s|\*{1,3}|[-+>#|](?=[\s>#|*])|\(?\w{1,3}[.)]\s|[A-Za-z]{2,}\s+\d+\s*:"
+    r"|[A-Za-z]{2,}[\s\d]*\s[-\u2013\u2014]\s)+"
 )
 _LINE_BEFORE = re.compile(r"(?<![-*=_+/])[-+/^=<(\u221a\u00d7\u00f7\u2212][ \t]*\n\s*\Z")
 _THAT = re.compile(r"\bthat\s+(?:[A-Za-z]+\s+){0,3}\Z", re.IGNORECASE)
 _AFFIRMED = re.compile(
-    r"\b(?:so|follows?|conclude[sd]?|means?|sees?|finds?|found|gets?|got|shows?|shown|knows?|impl(?:y|ies)|confident|sure"
+    r"\b(?:so|follows?|conclude[sd]?|means?|sees?|finds?|found|gets?|got|shows?|shown|knows?|impl(?:y|ies)|confident"
+    r"|sure"
     r"|certain|confirms?|gives?|given|deduced?|determined?|obtains?|hopes?|verif(?:y|ied)|clear|says?|states?)"
     r"[\s,:]+that\s+(?:[A-Za-z]+\s+){0,3}\Z",
     re.IGNORECASE,
@@ -82,6 +91,7 @@ _WORD_STATEMENT = re.compile(
     r"(?:(?:the|it|this|that|he|she)\b(?:\s+[a-z]+){0,3}?\s*\b(?:is|are)|it's|that's)\s+(.+)",
     re.IGNORECASE | re.DOTALL,
 )
+_IGNORANCE = re.compile(ADMITTED_IGNORANCE, re.IGNORECASE)
 _NO_ANSWER = re.compile(r"\b(?:cannot|can't|could not|unable|don't know|do not know)\b", re.IGNORECASE)
 
 Readings = tuple[str, ...]
@@ -94,6 +104,19 @@ def tagged_statement(text: str) -> list[Readings] | None:
     if not stripped.endswith("</answer>") or "<answer>" not in stripped:
         return None
     return [(stripped.rpartition("<answer>")[2].removesuffix("</answer>").strip(),)]
+
+
+def tagged_values(text: str) -> list[str]:
+    """Return the different contents of `<answer>...</answer>` that begin with a value and hold no box and no marker."""
+    found = dict.fromkeys(match[1].strip() for match in _TAGGED.finditer(text)) if "<answer>" in text else {}
+    contents = list(found)[:_MAX_STATEMENTS]
+    return [value for value in contents if begins_with_value(value) and "\\" not in value and "#" not in value]
+
+
+def value_stated_before(text: str, position: int) -> str | None:
+    """Return x if "The answer is x." stands directly before a position; None without it."""
+    match = _STATED_BEFORE.search(text[max(0, position - 160) : position])
+    return None if match is None else match[1]
 
 
 def phrase_statements(text: str) -> list[Readings] | None:
@@ -125,7 +148,7 @@ def statements_behind(text: str, position: int) -> list[Readings]:
 
     A next question ends the text.
     """
-    question = _NEXT_QUESTION.search(text, position)
+    question = NEXT_QUESTION.search(text, position)
     rest = text[position : len(text) if question is None else question.start()]
     only = rest.strip(_DECORATION + "$.")
     if _NEW_LINE.match(rest) is not None and _VALUE.fullmatch(only) is not None:
@@ -194,6 +217,8 @@ def _phrase_readings(sentence: str) -> Readings:
     connective = _CONNECTIVE.match(whole)
     whole = (whole if connective is None else whole[connective.end() :]).strip(_DECORATION)
     value = _stated_value(sentence)
+    if _IGNORANCE.search(sentence) is not None:
+        return ("",)
     if whole.startswith("~") or is_rejected(sentence[len(_REASON.split(sentence)[0]) :]):  # about; "which is wrong"
         return ("",)
     return (whole,) if value is None or _VALUE.match(whole) is not None else (whole, value[1])

@@ -21,6 +21,7 @@ import re
 from fractions import Fraction
 
 from grpo_mega.rewards.answer_parsing import SCALES, normalize
+from grpo_mega.rewards.final_answers.denials import is_called_wrong_before, is_called_wrong_behind, is_negated_before
 
 _ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -42,7 +43,8 @@ ESTIMATE = r"about|approximately|approx|roughly|around|nearly|almost|circa|close
 """Words that make a value an estimate, as alternatives of a regular expression."""
 _OPERATION = (
     r"plus|minus|times|multipl\w+|divided|squared?|cubed?|sqrt|roots?|log|ln|exp|sin|cos|tan|factorial|reciprocal"
-    r"|inverse|opposite|absolute|modulus|mod|modulo|power|twice|thrice|doubled?|tripled?|quadrupled?|negative|(?:some|any"
+    r"|inverse|opposite|absolute|modulus|mod|modulo|power|twice|thrice|doubled?|tripled?|quadrupled?|negative|(?:some"
+    r"|any"
     r"|all|one|each|part|sum|product|difference|quotient|fraction|factors?|multiples?|divisors?) of"
     rf"|complement|supplement|conjugate|triple|{_FRACTION_WORD}"
 )
@@ -55,12 +57,13 @@ WORDS_BEFORE = (
 
 _DOUBT_BEFORE = (
     r"probably|likely|could be|might be|may be|can be|rounded|false|wrong|incorrect|invalid|error"
-    r"|(?:every|any|no)?(?:thing|one|body) but|all but|excluding|besides|instead of|rather|give or take|far from"
-    r"|suppose|assume"
+    r"|(?:every|any|no)?(?:thing|one|body) but|(?:every|any|each) (?:\w+ ){1,2}but|all but|excluding|besides"
+    r"|instead of|rather|give or take|far from|over|suppose|assume"
 )
 _POSITION_BEFORE = (
     r"first|second|last|next|previous|before|after|since|within|couple(?: of)?|pair of|dozens?|hundreds?|thousands?"
-    r"|max|min|over|step|question|case|item|option|one of|every|per|from|beyond|past|until|other|if"
+    r"|max|min|over|step|question|example|exercise|figure|table|section|equation|appendix|footnote|case|item|option"
+    r"|one of|every|per|from|beyond|past|until|other|if"
 )
 WORDS_DIRECTLY_BEFORE = rf"{WORDS_BEFORE}|{_DOUBT_BEFORE}|{_POSITION_BEFORE}"
 """Words that make the number directly behind them, or behind one more word, no answer."""
@@ -82,18 +85,22 @@ _NAMED_AMOUNT_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _ESTIMATE_SIGN = (
-    r"(?:[\u2248\u2243\u2245\u223c\u2213\u00ac!#\u2211\u220f\u03a3]|\\(?:approx|sim|simeq|cong|neg|not|mp)\b)"
+    r"(?:[\u2248\u2243\u2245\u223c\u2213\u2209\u00ac!#\u2211\u220f\u03a3]|\\(?:approx|sim|simeq|cong|neg|not|mp)\b)"
 )
 _APPROXIMATE = re.compile(rf"[\s*_$({{\[]*~|[^0-9]*{_ESTIMATE_SIGN}")
 _APPROXIMATE_END = re.compile(rf"(?:\A|\n|[.!?:]\s)[^0-9\n]*(?:{_ESTIMATE_SIGN}|~)[\s$*({{\[]*[-+]?[$0-9.,]*\Z")
-_SHORT_FORM_BEFORE = re.compile(r"\b(?:approx|ca|c|no)\.\s*\Z|[A-Za-z]\(\Z|[\u03a3\u2211\u220f]\s*\Z", re.IGNORECASE)
+_SHORT_FORM_BEFORE = re.compile(r"\b(?:approx|ca|c|no|nr)\.\s*\Z|[A-Za-z]\(\Z|[\u03a3\u2211\u220f]\s*\Z", re.IGNORECASE)
 _DIRECTLY_BEHIND = re.compile(
     rf"[\s-]*(?:{_FRACTION_WORD}|(?:st|nd|rd|th)\s+(?:roots?|power)|sin|cos|tan|exp|ish|odd|fold|something"
-    r"|over|choose|by(?=\W*[0-9])|mod|modulo|plus|minus|divided|multiplied|base"
+    r"|negative|twice|thrice|about|and a bit|and then some|(?:octal|hex\w*|binary)(?=\W*\Z)|over|choose"
+    r"|by(?=\W*[0-9])|mod|modulo|plus|minus|divided|multiplied|base"
     r"|raised|factorial|squared|cubed|sqrt|root|log|ln|to the|power|times(?=\s*[0-9(]|\s+[b-z]\b))\b"
     r"|\s*(?:of|and|or|to|by|from|with|without|per|every|not|no|never)\W*\Z"
     r"|\s*\?|\s*\((?:no|not|wrong|false)\b"
-    r"|\s+is (?:only |just )?(?:one of\b|what\b|an?\s+(?:lower|upper|loose|naive|common|typical|rough|wrong)\b)"
+    r"|\s+is (?:only |just )?(?:one of\b|one possib|among\b|what\b|(?:un)?likely\b|doubtful|questionable|the first of\b"
+    r"|an?\s+(?:lower|upper|loose|naive|common|typical|rough|wrong|decoy|lie|trap|guess|possibility|bluff|placeholder"
+    r"|joke)\b)"
+    r"|\s*,?\s*plus or minus\b|\s+(?:seems|looks|feels) (?:off|odd|low|high|wrong)\b|\s*,?\s*said (?:no ?body|no one)\b"
     r"|\s*,?\s*(?:but\b(?! not)|for (?:instance|example)\b|fails?\b"
     r"|and (?:up|above|below|over|under|more|less)(?=\W*\Z|[.,;]))|\s?%\s*[%\u2030\u2031]"
     r"|\s*R\s?[0-9]"
@@ -118,7 +125,8 @@ _OPERATOR_BEHIND = re.compile(
     re.IGNORECASE,
 )
 _BEHIND = re.compile(
-    rf"\b(?:{_UNKNOWN}|depend\w*|tbd|todo|at best|at worst|tops|give or take"
+    rf"\b(?:{_UNKNOWN}|depend\w*|tbd|todo|nope|h+m+|(?:of course|surely|definitely|certainly) not|but no(?=\W*\Z)"
+    rf"|at best|at worst|tops|give or take"
     rf"|maybe|perhaps|possibly|probably|likely|invalid|rounded|doubled|tripled|halved"
     rf"|increased|decreased|(?<!\()reduced|and (?:change|some|more)|at (?:least|most)|to the power|and (?:an? )?half"
     r"|and (?:up|above|below|over|under|more|less)|too (?:low|high|small|big|large|few|many|much)"
@@ -144,7 +152,8 @@ _SECOND = re.compile(
 )
 _QUALIFIED = re.compile(r"\b(?:for|in|per|of|after|every|each|with|at|on|from|among|by|during|the)\s+\Z", re.IGNORECASE)
 _NUMBER_BEHIND = re.compile(
-    r"\s*(?:(?!(?:for|in|per|of|after|over|every|each|with|at|on|from|among|by|within|during|out)\b)[A-Za-z(]+\s)?[(]?[0-9]"
+    r"\s*(?:(?!(?:for|in|per|of|after|over|every|each|with|at|on|from|among|by|within|during"
+    r"|out)\b)[A-Za-z(]+\s)?[(]?[0-9]"
 )
 _SENTENCE_START = re.compile(r"[.!?](?:\s|\Z)|\n")
 _DENIED_LINE = re.compile(r"(?:\b(?:not|never|cannot be|than|twice|half of|minus)|n't)[\s:]*\Z", re.IGNORECASE)
@@ -160,6 +169,7 @@ _DENIED_CLAUSE = re.compile(
 )
 _WHEN = re.compile(r"\bwhen(?!\w)", re.IGNORECASE)
 _DOTS_BEHIND = re.compile(r"[\s$*)]*(?:\.\s?\.|\u2026|\\[lc]?dots(?![A-Za-z]))")
+_EMPHASIS_END = re.compile(r"\A(?:\*{1,3}|_{1,3})(?=\s|[.,;:!?)]|\Z)(?!\s*[\d(\\$])")
 _NOTHING_BEHIND = re.compile(r"(?:[\s$]|\\[\])])*\.?(?:[\s$]|\\[\])])*")  # most boxes end their text
 _CLOSING = r"(?:[\s$*_`)\]}\"']|\\[\])])*"
 _CONTINUED = re.compile(
@@ -267,6 +277,8 @@ def text_before_changes(before: str, value: Fraction | None, *, strict: bool = T
         _DENIED_LINE.search(end) is not None
         or _ESTIMATE_BEFORE.search(end[-1:]) is not None
         or _DENIED_CLAUSE.search(sentence) is not None
+        or is_called_wrong_before(sentence)
+        or is_negated_before(end)
         or (_WORD_BEFORE if strict else _CHANGE_BEFORE).search(sentence[-_LONGEST_WORDS:]) is not None
         or has_modifier_before(sentence)
         or names_other_number_before(sentence, value, only_adjacent=True)
@@ -281,11 +293,12 @@ def text_behind_changes(behind: str, value: Fraction | None, *, strict: bool = F
         return True
     tail = normalize(behind.partition("\n")[0])
     is_math_ended = re.match(r"\s*(?:\$|\\\)|\\\])", behind) is not None
-    tail = re.sub(r"\A[\s$]+", " ", tail)
+    tail = re.sub(r"\A[\s$]+", " ", _EMPHASIS_END.sub("", tail))
     if is_math_ended and re.match(r"\s*[!]", tail):
         return False
     clause = _CLAUSE_END.split(tail, maxsplit=1)[0]
     is_operand = _DIRECTLY_BEHIND.match(tail) is not None or _OPERATOR_BEHIND.match(tail) is not None
+    is_operand = is_operand or is_called_wrong_behind(tail)
     is_first = _SECOND.match(tail) is not None or _NUMBER_BEHIND.match(clause) is not None
     return is_operand or is_first or changes_number_before(clause, value, _QUALIFIED, strict=strict)
 

@@ -97,9 +97,27 @@ def _intervals(answer: MathAnswer) -> list[Interval] | None:
         return _intersected(answer)
     if answer.kind == "difference":
         whole, removed = _intervals(answer.parts[0]), _intervals(answer.parts[1])
-        if whole == [_ALL] and removed is not None and all(point.low == point.high for point in removed):
-            return _complement([point.low for point in removed])
+        if whole is not None and removed is not None and all(point.low == point.high for point in removed):
+            return _without_points(whole, [point.low for point in removed])
     return None
+
+
+def _without_points(intervals: list[Interval], points: list[Expression]) -> list[Interval] | None:
+    """Return the intervals without points inside of them; None if a point is an end or outside, or has no order."""
+    parts = list(intervals)
+    try:
+        for point in points:
+            places = [k for k, part in enumerate(parts) if _compare(part.low, point) < 0 < _compare(part.high, point)]
+            if len(places) != 1:
+                return None
+            part = parts[places[0]]
+            parts[places[0] : places[0] + 1] = [
+                part._replace(high=point, has_high=False),
+                part._replace(low=point, has_low=False),
+            ]
+    except UndefinedError:
+        return None
+    return parts
 
 
 def _intersected(answer: MathAnswer) -> list[Interval] | None:

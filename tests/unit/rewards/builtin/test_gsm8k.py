@@ -166,8 +166,8 @@ def test_a_wrong_or_hedged_answer_scores_zero(completion: str, reference: str) -
 
 
 def test_the_marker_is_preferred_to_the_box_and_the_box_to_the_last_number() -> None:
-    assert gsm8k("", "#### 5\nas \\boxed{6} says; 7", "5") == 1.0
-    assert gsm8k("", r"it is \boxed{6}; 7", "6") == 1.0
+    assert gsm8k("", "#### 5\nas \\boxed{6} says after 7 days", "5") == 1.0
+    assert gsm8k("", r"it is \boxed{6} after 7 days", "6") == 1.0
     assert gsm8k("", "it is 6; then 7", "7") == 1.0
 
 

@@ -77,3 +77,32 @@ def test_the_number_that_and_joins_to_a_box(before: str, value: str | None) -> N
 )
 def test_another_value_of_the_same_name_is_found(before: str, value: str | None) -> None:
     assert value_of_same_name_before(before) == value
+
+
+@pytest.mark.parametrize(
+    ("behind", "offers"),
+    [
+        (". If that fails, try 7.", True),
+        (", i.e. 7", True),
+        ("; the key says 7 and the key is right", True),
+        (". Recomputing gives 7.", True),
+        ("\n\n> 7", True),
+        (" for 7 people.", False),
+        (". Check: 7 - 2 = 5, and 7.", False),
+        (", since the sides are 7.", False),
+        (" and the minimum is 7.", False),
+        ("\n\nQuestion: 7", False),
+        (", i.e. 5.0", False),
+        (r". $\blacksquare$", False),
+    ],
+)
+def test_a_value_that_ends_a_clause_is_offered(behind: str, offers: bool) -> None:
+    assert offers_other_value_behind(f"5{behind}", 1, ["5"]) == offers
+
+
+def test_a_number_of_the_prompt_may_be_repeated_unless_it_is_called_valid() -> None:
+    prompt = "Tom has 12 apples and gives away 7."
+    assert offers_other_value_behind("5. He gave away 7.", 1, ["5"])
+    assert not offers_other_value_behind("5. He gave away 7.", 1, ["5"], prompt)
+    assert offers_other_value_behind("5, but 7 is right too.", 1, ["5"], prompt)
+    assert offers_other_value_behind("5. He gave away 77.", 1, ["5"], prompt)

@@ -10,6 +10,7 @@ from grpo_mega.rewards.final_answers.hedges import (
     is_denied_before,
     is_denied_behind,
     is_retraction,
+    visible_answer,
     without_struck_out,
 )
 
@@ -59,3 +60,11 @@ def test_the_sentence_before_a_statement_denies_it(before: str, is_denied: bool)
 def test_struck_out_and_hidden_text_is_removed() -> None:
     assert without_struck_out("~~5~~ <del>6</del> <!-- 7 --> 8").split() == ["8"]
     assert without_struck_out("a < b ~ c") == "a < b ~ c"
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    ["<!-- 5 -->", "~~5~~", "<del>5</del>", r"\iffalse 5 \fi", r"\begin{comment}5\end{comment}", "<think>5</think>"],
+)
+def test_a_hidden_text_is_no_part_of_the_visible_answer(hidden: str) -> None:
+    assert visible_answer("q", f"6 {hidden} 7").split() == ["6", "7"]

@@ -13,6 +13,8 @@ from grpo_mega.rewards.final_answers.statements import (
     stated_word,
     statements_behind,
     tagged_statement,
+    tagged_values,
+    value_stated_before,
 )
 
 
@@ -91,3 +93,21 @@ def test_a_unit_per_answer_is_no_statement() -> None:
 def test_a_result_is_a_weaker_statement() -> None:
     assert phrase_statements("The result is 5.") is None
     assert result_statements("The result is 5.") == [("5",)]
+
+
+def test_values_in_answer_tags_contradict_another_statement() -> None:
+    assert tagged_values("<answer>7</answer> then <answer> 8 apples</answer>") == ["7", "8 apples"]
+    assert tagged_values(r"<answer>\boxed{7}</answer><answer>#### 7</answer><answer>so</answer>") == []
+
+
+@pytest.mark.parametrize(
+    ("before", "value"),
+    [
+        ("The answer is 7. ", "7"),
+        ("Answer: **7**\n", "7"),
+        ("The answer is 7, so ", "7"),
+        ("The answer is 7 per day. ", None),
+    ],
+)
+def test_an_answer_directly_before_a_box_is_found(before: str, value: str | None) -> None:
+    assert value_stated_before(f"{before}[5]", len(before)) == value
