@@ -20,6 +20,7 @@ from grpo_mega.rollout.carried_rollouts import CarriedRollouts
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.partial_sampler import PartialSampler, numbered_prompts, positions_of_shards
 from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.rollout.scoring import RolloutScoring
 from grpo_mega.rollout.slices import SliceSampler
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
@@ -282,3 +283,25 @@ def test_another_group_size_drops_what_does_not_fit_and_samples_it_again(caplog:
 
 def test_the_positions_of_a_step_alternate_between_the_shards() -> None:
     assert positions_of_shards(np.array([2, 0, 3])) == [[0, 2], [], [1, 3, 4]]
+
+
+def test_a_step_whose_engine_failed_is_sampled_again_as_if_it_had_not() -> None:
+    run, undisturbed = Run(config(), one_rank()), Run(config(), one_rank())
+    for each in (run, undisturbed):
+        each.step(1)
+    generate, calls = run.engine.generate, len(run.engine.calls)
+
+    def fail_in_the_second_slice(*arguments: Any) -> Any:
+        if len(run.engine.calls) > calls:
+            raise RuntimeError("the device is lost")
+        return generate(*arguments)
+
+    run.engine.generate = fail_in_the_second_slice  # type: ignore[method-assign]
+    with pytest.raises(SamplingFailedError, match="sampling failed on rank 0: RuntimeError: the device is lost"):
+        run.step(2)
+    run.engine.generate = generate  # type: ignore[method-assign]
+    found, expected = run.step(2), undisturbed.step(2)
+    assert found.tokens.token_ids.tobytes() == expected.tokens.token_ids.tobytes()
+    assert run.carried is not None
+    assert undisturbed.carried is not None
+    assert run.carried.to_bytes() == undisturbed.carried.to_bytes()
