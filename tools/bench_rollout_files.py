@@ -7,10 +7,10 @@ round. Tokens have the frequencies of words (Zipf, exponent 1.3) over a vocabula
 are those of nearly certain tokens, and all have full float32 precision; the eight rollouts of a group have the same
 prompt of 256 tokens. The texts are empty. The rate counts tokens of prompts and completions per second of CPU time of
 the process, which a busy machine does not change much, and per second of wall-clock time. It is measured with the
-log-probs of the engine only, and with those of the policy too, which take as much space again.
+log-probs of the engine only, and with those of the policy too, which differ from them by about one percent.
 
-Exit code 0: done; 1: more than 6 bytes per token, or fewer than 20 million tokens per second of CPU time, without the
-log-probs of the policy.
+Exit code 0: done; 1: more than 6 bytes per token, with the log-probs of the policy, or fewer than 20 million tokens per
+second of CPU time, without them.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def main() -> int:
         found = {"name": "rollout_files", "measured": rate, "reference": MIN_RATE, "ratio": rate / MIN_RATE}
         found |= {"unit": "tokens per second of CPU time", "conditions": f"{args.rollouts} x {args.tokens} tokens"}
         print(json.dumps(found | {"engine": engine, "engine_and_policy": both}))
-    return int(engine["bytes_per_token"] > MAX_BYTES or engine["tokens_per_cpu_second"] < MIN_RATE)
+    return int(both["bytes_per_token"] > MAX_BYTES or engine["tokens_per_cpu_second"] < MIN_RATE)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ Asserted by tests/unit/algorithm/test_aggregate.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def rollout_mean_weights(num_tokens: Sequence[int]) -> list[float]:
@@ -26,8 +30,8 @@ def rollout_mean_weights(num_tokens: Sequence[int]) -> list[float]:
 
     Source: DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO" (1/G sum_i 1/|o_i| sum_t), averaged over prompts.
     """
-    _check(num_tokens)
-    return [1.0 / (count * len(num_tokens)) if count else 0.0 for count in num_tokens]
+    counts = _checked(num_tokens)
+    return _inverses(counts * len(counts), counts)
 
 
 def token_mean_weights(num_tokens: Sequence[int]) -> list[float]:
@@ -45,9 +49,8 @@ def token_mean_weights(num_tokens: Sequence[int]) -> list[float]:
     Source: DAPO, arXiv:2503.14476, section "Rebalancing Act: Token-Level Policy Gradient Loss". Differs: the paper
         writes the mean over the tokens of one group; for several groups this is what its authors' code computes.
     """
-    _check(num_tokens)
-    total = sum(num_tokens)
-    return [1.0 / total if count else 0.0 for count in num_tokens]
+    counts = _checked(num_tokens)
+    return _inverses(np.full(len(counts), counts.sum()), counts)
 
 
 def rollout_sum_weights(num_tokens: Sequence[int], constant: float) -> list[float]:
@@ -65,10 +68,10 @@ def rollout_sum_weights(num_tokens: Sequence[int], constant: float) -> list[floa
 
     Source: Dr. GRPO, arXiv:2503.20783, section "Dr. GRPO: Group Relative Policy Optimization Done Right".
     """
-    _check(num_tokens)
+    counts = _checked(num_tokens)
     if not constant > 0:
         raise ValueError(f"constant={constant} must be > 0")
-    return [1.0 / (constant * len(num_tokens)) if count else 0.0 for count in num_tokens]
+    return _inverses(np.full(len(counts), constant * len(counts)), counts)
 
 
 def group_token_mean_weights(num_tokens: Sequence[int], group_size: int) -> list[float]:
@@ -87,15 +90,22 @@ def group_token_mean_weights(num_tokens: Sequence[int], group_size: int) -> list
     Source: CISPO in MiniMax-M1, arXiv:2506.13585, section "Efficient RL Scaling with CISPO" (1/sum_i |o_i| under the
         expectation over prompts).
     """
-    _check(num_tokens)
+    counts = _checked(num_tokens)
     if len(num_tokens) % group_size:
         raise ValueError(f"{len(num_tokens)} rollouts are not a multiple of group_size={group_size}")
-    num_groups = len(num_tokens) // group_size
-    totals = [sum(num_tokens[i : i + group_size]) for i in range(0, len(num_tokens), group_size)]
-    return [1.0 / (totals[i // group_size] * num_groups) if count else 0.0 for i, count in enumerate(num_tokens)]
+    totals = counts.reshape(-1, group_size).sum(axis=1)
+    return _inverses(np.repeat(totals * len(totals), group_size), counts)
 
 
-def _check(num_tokens: Sequence[int]) -> None:
-    for rollout, count in enumerate(num_tokens):
-        if count < 0:
-            raise ValueError(f"rollout {rollout} has {count} loss tokens; the number must be >= 0")
+def _checked(num_tokens: Sequence[int]) -> NDArray[np.int64]:
+    counts = np.array(num_tokens, dtype=np.int64)
+    if (counts < 0).any():
+        rollout = int((counts < 0).argmax())
+        raise ValueError(f"rollout {rollout} has {counts[rollout]} loss tokens; the number must be >= 0")
+    return counts
+
+
+def _inverses(denominators: NDArray[Any], counts: NDArray[np.int64]) -> list[float]:
+    """Return 1 / denominator for each rollout with loss tokens, else 0."""
+    found: list[float] = np.where(counts > 0, 1.0 / np.maximum(denominators, 1e-300), 0.0).tolist()
+    return found

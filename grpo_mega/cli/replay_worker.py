@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.schema import Config
+from grpo_mega.data.rollout_values import values_of
 from grpo_mega.data.row_plan import RolloutCost
 from grpo_mega.formats.checkpoint_manifest import read_manifest
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.observe.history import read_lines
 from grpo_mega.observe.log import configure_logging
+from grpo_mega.observe.rollout_files.mismatch_column import as_stored
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
@@ -135,6 +137,8 @@ def _compare_numbers(
     stages = []
     if ranks.is_first:
         known, ours = recorded.old_log_probs, learned.old_log_probs
+        sampled = recorded.groups.tokens.on_loss_tokens(recorded.groups.tokens.sampler_log_probs)
+        ours = ours.with_values(as_stored(ours.values, values_of(sampled, ours.ids)))
         both = np.intersect1d(known.ids, ours.ids)
         theirs = [each.by_rollout() for each in (ours, known)]
         pairs = [np.array([x for row in both.tolist() for x in values[row]], np.float64) for values in theirs]

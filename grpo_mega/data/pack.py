@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo_mega.data.expert_records import widen_record
 from grpo_mega.data.rollout_tokens import RolloutTokens, offsets_of, ragged_index
+from grpo_mega.data.rollout_values import LossTokenValues, values_of
 from grpo_mega.types import Microbatch, TokenValues
 
 
@@ -90,7 +91,7 @@ def unpack(values: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> Toke
         values: one tensor [T] per microbatch, on any device.
         microbatches: rows of different rollouts.
     """
-    ids = np.array([i for m in microbatches for i in m.rollout_ids], dtype=np.int64)
+    ids: list[int] = []
     counts, found = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     for row, microbatch in zip(values, microbatches, strict=True):
         mask = microbatch.loss_mask
@@ -98,27 +99,22 @@ def unpack(values: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> Toke
         # There are fewer rollouts than segments when the last segment is padding.
         counts.append(np.diff(running[microbatch.cu_seqlens.numpy()])[: len(microbatch.rollout_ids)])
         found.append(row.detach().cpu()[mask].float().numpy())
-    every, sizes = np.concatenate(found), np.concatenate(counts)
-    order = np.argsort(ids, kind="stable")
+        ids += microbatch.rollout_ids
+    every, sizes, unsorted = np.concatenate(found), np.concatenate(counts), np.array(ids, dtype=np.int64)
+    order = np.argsort(unsorted, kind="stable")
     starts = offsets_of(sizes)[:-1]
-    return TokenValues(ids[order], offsets_of(sizes[order]), every[ragged_index(starts[order], sizes[order])])
+    return TokenValues(unsorted[order], offsets_of(sizes[order]), every[ragged_index(starts[order], sizes[order])])
 
 
-def token_rows(values: TokenValues, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-    """Return one tensor [T] float32 per microbatch with the values on the loss tokens, and 0 elsewhere.
+def token_row(values: LossTokenValues, microbatch: Microbatch) -> Tensor:
+    """Return [T] float32 with the values on the loss tokens of the microbatch, and 0 elsewhere.
 
-    `values` must have the rollouts of the microbatches, and may have others.
+    `values` must have the rollouts of the microbatch, and may have others.
     """
-    starts, counts = values.offsets[:-1], values.counts
-    rows = []
-    for microbatch in microbatches:
-        places = np.searchsorted(values.ids, np.array(microbatch.rollout_ids, dtype=np.int64))
-        assert (values.ids[places] == microbatch.rollout_ids).all(), "every rollout of the row has values"
-        row = torch.zeros(len(microbatch.loss_mask))
-        chosen = ragged_index(starts[places], counts[places])
-        row[microbatch.loss_mask] = torch.from_numpy(values.values[chosen].astype(np.float32))
-        rows.append(row)
-    return rows
+    row = torch.zeros(len(microbatch.loss_mask))
+    found = values_of(values, np.array(microbatch.rollout_ids, dtype=np.int64))
+    row[microbatch.loss_mask] = torch.from_numpy(found.astype(np.float32))
+    return row
 
 
 def _expert_choices(rollouts: RolloutTokens, places: NDArray[np.int64], row_tokens: int) -> Tensor | None:

@@ -65,14 +65,15 @@ class RolloutTokens:
     @property
     def loss_counts(self) -> NDArray[np.int64]:
         """Loss tokens of each rollout, [N]."""
-        running = np.concatenate([[0], np.cumsum(self.loss_mask, dtype=np.int64)])
-        return np.asarray(running[self.offsets[1:]] - running[self.offsets[:-1]])
+        bounds = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
+        return np.array([np.count_nonzero(self.loss_mask[begin:end]) for begin, end in bounds], dtype=np.int64)
 
     @property
-    def loss_positions(self) -> NDArray[np.int64]:
+    def loss_positions(self) -> NDArray[np.int32]:
         """Position of each loss token in the completion of its rollout, [number of loss tokens]."""
-        starts = self.offsets[:-1] + self.prompt_tokens
-        return np.flatnonzero(self.loss_mask) - np.repeat(starts, self.loss_counts)
+        starts = (self.offsets[:-1] + self.prompt_tokens).tolist()
+        bounds = zip(starts, self.offsets[1:].tolist(), strict=True)
+        return _concatenate([np.flatnonzero(self.loss_mask[a:b]).astype(np.int32) for a, b in bounds], np.int32)
 
     def on_loss_tokens(self, column: NDArray[Any]) -> TokenValues:
         """Return the entries of a column [T] at the loss tokens."""

@@ -7,11 +7,11 @@ than the limit.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,46 +86,58 @@ class RolloutCost:
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """The rollouts of every row of a step; equal on every rank.
+class UpdatePlan:
+    """Rank and row of each of the N rollouts of one update; equal on every rank.
 
     Attributes:
-        minibatches: `minibatches[m][dp_rank][row]` are ascending rollouts, rows of the step's table.
+        rank: [N] data-parallel rank.
+        row: [N] microbatch among those of the rank.
+        num_rows: microbatches of every rank; some may be empty.
+    """
+
+    rank: NDArray[np.int64]
+    row: NDArray[np.int64]
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The place of every rollout of a step; equal on every rank.
+
+    Attributes:
+        minibatch: [R] minibatch of each rollout; -1 for rollouts that no minibatch has.
+        trainer: [R] data-parallel rank that trains it; -1 likewise.
+        row: [R] microbatch among those of the rank in the minibatch; -1 likewise.
+        num_rows: microbatches of every rank in each minibatch.
+        dp: number of data-parallel ranks.
         row_tokens: T, the length of every row.
         lengths: [R] tokens of each rollout, with the padding of its segment.
         cost: operations of a rollout.
     """
 
-    minibatches: list[list[list[list[int]]]]
+    minibatch: NDArray[np.int64]
+    trainer: NDArray[np.int64]
+    row: NDArray[np.int64]
+    num_rows: tuple[int, ...]
+    dp: int
     row_tokens: int
     lengths: NDArray[np.int64]
     cost: RolloutCost
 
-    @property
-    def trainer(self) -> NDArray[np.int64]:
-        """Data-parallel rank that trains each rollout, [R]; -1 for rollouts that no minibatch has."""
-        found = np.full(len(self.lengths), -1, dtype=np.int64)
-        for ranks in self.minibatches:
-            for dp_rank, rows in enumerate(ranks):
-                for row in rows:
-                    found[row] = dp_rank
-        return found
-
-    @property
-    def minibatch(self) -> NDArray[np.int64]:
-        """Minibatch of each rollout, [R]; -1 for rollouts that no minibatch has."""
-        found = np.full(len(self.lengths), -1, dtype=np.int64)
-        for number, ranks in enumerate(self.minibatches):
-            for rows in ranks:
-                for row in rows:
-                    found[row] = number
-        return found
+    def rows_of(self, dp_rank: int) -> list[list[NDArray[np.int64]]]:
+        """Return `rows[minibatch][row]` of a rank: ascending rollouts, rows of the step's table."""
+        own = np.flatnonzero(self.trainer == dp_rank)
+        first = np.concatenate([[0], np.cumsum(self.num_rows)])
+        number = first[self.minibatch[own]] + self.row[own]  # among all rows of the rank
+        order = np.argsort(number, kind="stable")
+        rows = np.split(own[order], np.searchsorted(number[order], np.arange(1, first[-1])))
+        return [rows[begin:end] for begin, end in pairwise(first.tolist())]
 
     @property
     def padding_fraction(self) -> float:
         """Padding tokens divided by all tokens of all rows; the padding of segments does not count as padding."""
-        rows = [row for ranks in self.minibatches for rows in ranks for row in rows]
-        return 1.0 - sum(int(self.lengths[row].sum()) for row in rows) / (len(rows) * self.row_tokens)
+        rows = sum(self.num_rows) * self.dp
+        return 1.0 - int(self.lengths[self.trainer >= 0].sum()) / (rows * self.row_tokens)
 
     @property
     def imbalance(self) -> float:
@@ -134,10 +146,10 @@ class StepPlan:
         The ranks wait for each other in every update, so this is the mean over the minibatches, weighted with their
         operations.
         """
-        costs = self.cost.of(self.lengths)
-        totals = np.array(
-            [[sum(costs[row].sum() for row in rows) for rows in ranks] for ranks in self.minibatches], dtype=np.float64
-        )
+        planned = np.flatnonzero(self.trainer >= 0)
+        places = self.minibatch[planned] * self.dp + self.trainer[planned]
+        size = len(self.num_rows) * self.dp
+        totals = np.bincount(places, self.cost.of(self.lengths)[planned], size).reshape(-1, self.dp)
         return float(totals.max(axis=1).sum() / totals.mean(axis=1).sum())
 
 
@@ -165,26 +177,25 @@ def plan_step(
     """
     multiple = shape.segment_multiple
     padded = -(-np.asarray(lengths, dtype=np.int64) // multiple) * multiple
-    plans = [
-        [
-            [[ids[i] for i in row] for row in rank]
-            for rank in plan_update(
-                padded[ids.start : ids.stop].tolist(), dp, max_tokens, shape.microbatch_multiple, cost
-            )
-        ]
-        for ids in minibatches
-    ]
-    longest = max(int(padded[row].sum()) for ranks in plans for rows in ranks for row in rows)
-    return StepPlan(plans, -(-longest // shape.row_multiple) * shape.row_multiple, padded, cost)
+    minibatch, trainer, row = (np.full(len(padded), -1, dtype=np.int64) for _ in range(3))
+    num_rows, longest = [], 0
+    for number, ids in enumerate(minibatches):
+        part = slice(ids.start, ids.stop)
+        plan = plan_update(padded[part], dp, max_tokens, shape.microbatch_multiple, cost)
+        minibatch[part], trainer[part], row[part] = number, plan.rank, plan.row
+        num_rows.append(plan.num_rows)
+        longest = max(longest, _longest_row(plan, padded[part]))
+    row_tokens = -(-longest // shape.row_multiple) * shape.row_multiple
+    return StepPlan(minibatch, trainer, row, tuple(num_rows), dp, row_tokens, padded, cost)
 
 
 def plan_update(
-    lengths: Sequence[int],
+    lengths: Sequence[int] | NDArray[np.int64],
     dp: int,
     max_tokens: int,
     microbatch_multiple: int = 1,
     cost: RolloutCost = RolloutCost(),
-) -> list[list[list[int]]]:
+) -> UpdatePlan:
     """Assign rollouts to data-parallel ranks and to their microbatches.
 
     Rollouts are assigned most costly first, each to the rank with the least cost (LPT), and in the same way to the
@@ -193,85 +204,110 @@ def plan_update(
     balance of tokens and thereby costs more than it gains, tokens are balanced.
 
     Args:
-        lengths: tokens of each rollout (prompt plus completion, padded as its segment will be).
+        lengths: tokens of each rollout (prompt plus completion, padded as its segment will be), [N].
         dp: number of data-parallel ranks.
         max_tokens: maximum number of tokens of one microbatch.
         microbatch_multiple: the number of microbatches is a multiple of this number.
         cost: operations of a rollout.
 
     Returns:
-        plan[rank][microbatch] = ascending indices into `lengths`. Every rank has the same number of microbatches, at
-        least one; some may be empty.
+        A plan in which every rank has the same number of microbatches, at least one.
 
     Raises:
         UserError: one rollout is longer than `max_tokens`.
     """
-    if lengths and max(lengths) > max_tokens:
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.max(initial=0) > max_tokens:
         raise UserError(
-            f"train.max_tokens_per_microbatch={max_tokens} cannot hold a rollout of {max(lengths)} tokens",
-            remedy=f"use at least {max(lengths)} (data.max_prompt_tokens + sampling.max_tokens always suffices)",
+            f"train.max_tokens_per_microbatch={max_tokens} cannot hold a rollout of {sizes.max()} tokens",
+            remedy=f"use at least {sizes.max()} (data.max_prompt_tokens + sampling.max_tokens always suffices)",
         )
-    by_tokens = _plan(lengths, [float(n) for n in lengths], dp, max_tokens, microbatch_multiple)
+    by_tokens = _plan(sizes, sizes.astype(np.float64), dp, max_tokens, microbatch_multiple)
     if cost.quadratic == 0.0:
         return by_tokens
-    costs = cost.of(np.asarray(lengths, dtype=np.int64))
-    by_cost = _plan(lengths, costs.tolist(), dp, max_tokens, microbatch_multiple)
-    return min(by_cost, by_tokens, key=lambda plan: _slowest_rank(plan, lengths, cost))
+    by_cost = _plan(sizes, cost.of(sizes), dp, max_tokens, microbatch_multiple)
+    return min(by_cost, by_tokens, key=lambda plan: _slowest_rank(plan, sizes, dp, cost))
 
 
 def _plan(
-    lengths: Sequence[int], costs: Sequence[float], dp: int, max_tokens: int, microbatch_multiple: int
-) -> list[list[list[int]]]:
-    ranks = _spread(range(len(lengths)), costs, dp)
-    needed = max(1, *(len(_first_fit(rank, lengths, max_tokens)) for rank in ranks))
-    num_microbatches = -(-needed // microbatch_multiple) * microbatch_multiple
-    plan = []
-    for rank in ranks:
-        bins = _spread(rank, costs, num_microbatches)
-        if any(_total(rollouts, lengths) > max_tokens for rollouts in bins):
-            # Rows of even length may exceed the limit where tight packing does not.
-            bins = _first_fit(rank, lengths, max_tokens)
-            bins += [[] for _ in range(num_microbatches - len(bins))]
-        plan.append([sorted(rollouts) for rollouts in bins])
-    return plan
+    lengths: NDArray[np.int64], costs: NDArray[np.float64], dp: int, max_tokens: int, microbatch_multiple: int
+) -> UpdatePlan:
+    ranks = _spread(costs, dp)
+    tight = _first_fit(lengths, ranks, dp, max_tokens)
+    needed = int(tight.max(initial=0)) + 1
+    num_rows = -(-needed // microbatch_multiple) * microbatch_multiple
+    even = _spread_each(costs, ranks, dp, num_rows)
+    totals = np.bincount(ranks * num_rows + even, lengths, dp * num_rows).reshape(dp, num_rows)
+    # Rows of even length may exceed the limit where tight packing does not.
+    exceeds = (totals > max_tokens).any(axis=1)
+    return UpdatePlan(ranks, np.where(exceeds[ranks], tight, even), num_rows)
 
 
-def _slowest_rank(plan: list[list[list[int]]], lengths: Sequence[int], cost: RolloutCost) -> float:
+def _longest_row(plan: UpdatePlan, lengths: NDArray[np.int64]) -> int:
+    """Return the tokens of the longest row."""
+    return int(np.bincount(plan.rank * plan.num_rows + plan.row, lengths).max(initial=0.0))
+
+
+def _slowest_rank(plan: UpdatePlan, lengths: NDArray[np.int64], dp: int, cost: RolloutCost) -> float:
     """Return the operations of the rank with the most of them: linear ones also of the padding of its rows."""
-    longest = max(_total(row, lengths) for rank in plan for row in rank)
-    squares = max(sum(float(lengths[i]) ** 2 for row in rank for i in row) for rank in plan)
-    return cost.linear * len(plan[0]) * longest + cost.quadratic * squares
+    squares = np.bincount(plan.rank, lengths.astype(np.float64) ** 2, dp).max()
+    return float(cost.linear * plan.num_rows * _longest_row(plan, lengths) + cost.quadratic * squares)
 
 
-def _total(rollouts: Sequence[int], lengths: Sequence[int]) -> int:
-    return sum(lengths[i] for i in rollouts)
+def _spread(costs: NDArray[np.float64], num_bins: int) -> NDArray[np.int64]:
+    """Assign rollouts most costly first, each to the bin with the least cost (on a tie, the first such bin), [N].
 
-
-def _largest_first(rollouts: Sequence[int], sizes: Sequence[float]) -> list[int]:
-    return sorted(rollouts, key=lambda i: (-sizes[i], i))
-
-
-def _spread(rollouts: Sequence[int], costs: Sequence[float], num_bins: int) -> list[list[int]]:
-    """Assign rollouts most costly first, each to the bin with the least cost (on a tie, the first such bin)."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    totals = [(0.0, i) for i in range(num_bins)]  # sorted, so it is a heap
-    for i in _largest_first(rollouts, costs):
-        total, least = totals[0]
-        bins[least].append(i)
-        heapq.heapreplace(totals, (total + costs[i], least))
+    As long as the next of the sorted bins has less than every bin that has just received a rollout, it is the one with
+    the least cost. So a run of rollouts is assigned at once, to one sorted bin each.
+    """
+    bins = np.zeros(len(costs), dtype=np.int64)
+    if num_bins == 1:
+        return bins
+    largest_first = np.argsort(-costs, kind="stable")
+    sorted_costs, totals, begin = costs[largest_first], np.zeros(num_bins), 0
+    while begin < len(costs):
+        least_first = np.argsort(totals, kind="stable")[: len(costs) - begin]
+        before = totals[least_first]
+        after = before + sorted_costs[begin : begin + len(before)]
+        is_later = before[1:] >= np.minimum.accumulate(after)[:-1]
+        size = int(is_later.argmax()) + 1 if is_later.any() else len(before)
+        totals[least_first[:size]] = after[:size]
+        bins[largest_first[begin : begin + size]] = least_first[:size]
+        begin += size
     return bins
 
 
-def _first_fit(rollouts: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return the bins of at most `max_tokens` tokens that first-fit decreasing finds."""
-    bins: list[list[int]] = []
-    totals: list[int] = []
-    for i in _largest_first(rollouts, lengths):
-        fits = next((b for b, total in enumerate(totals) if total + lengths[i] <= max_tokens), None)
-        if fits is None:
-            bins.append([])
-            totals.append(0)
-            fits = len(bins) - 1
-        bins[fits].append(i)
-        totals[fits] += lengths[i]
+def _spread_each(costs: NDArray[np.float64], ranks: NDArray[np.int64], dp: int, num_bins: int) -> NDArray[np.int64]:
+    """Assign the rollouts of each rank to its bins as `_spread` does, [N]; for all ranks at the same time."""
+    totals, bins = np.zeros((dp, num_bins)), np.zeros(len(costs), dtype=np.int64)
+    for rollouts in _by_place(-costs, ranks, dp):
+        own = ranks[rollouts]
+        least = totals[own].argmin(axis=1)
+        totals[own, least] += costs[rollouts]
+        bins[rollouts] = least
     return bins
+
+
+def _first_fit(lengths: NDArray[np.int64], ranks: NDArray[np.int64], dp: int, max_tokens: int) -> NDArray[np.int64]:
+    """Assign the rollouts of each rank to bins of at most `max_tokens` by first-fit decreasing, [N]."""
+    most = np.bincount(ranks, lengths, dp).max()
+    # Any two bins that are used have more than `max_tokens` together.
+    totals = np.zeros((dp, 2 * int(most) // max_tokens + 2), dtype=np.int64)
+    bins = np.zeros(len(lengths), dtype=np.int64)
+    for rollouts in _by_place(-lengths, ranks, dp):
+        own, sizes = ranks[rollouts], lengths[rollouts]
+        first = (totals[own] <= (max_tokens - sizes)[:, None]).argmax(axis=1)
+        totals[own, first] += sizes
+        bins[rollouts] = first
+    return bins
+
+
+def _by_place(keys: NDArray[Any], ranks: NDArray[np.int64], dp: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the rollouts with the smallest key of each rank, then those with the next, and so on."""
+    order = np.argsort(keys, kind="stable")
+    counts = np.bincount(ranks, minlength=dp)
+    # Stable sorts of small integers take linear time.
+    by_rank = order[np.argsort(ranks[order].astype(np.min_scalar_type(dp)), kind="stable")]
+    places = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    by_place = by_rank[np.argsort(places.astype(np.min_scalar_type(counts.max())), kind="stable")]
+    yield from np.split(by_place, np.cumsum(np.bincount(places))[:-1]) if len(order) else ()

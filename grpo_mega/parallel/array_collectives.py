@@ -72,10 +72,9 @@ class ArrayCollectives:
             return values
         wanted = np.flatnonzero(target == self.ranks.rank)
         order = np.argsort(target[own], kind="stable")  # by target, then by rollout
-        sent = _take(values, counts[own], order)
         sizes = [_bytes_per_rank(peers, counts[ids], values, self.world_size)
                  for peers, ids in ((target[own], own), (source[wanted], wanted))]  # fmt: skip
-        received = self._all_to_all(_as_bytes(sent), sizes[0], sizes[1])
+        received = self._all_to_all(_as_bytes(_take(values, counts[own], order)), sizes[0], sizes[1])
         arrived = np.argsort(source[wanted], kind="stable")  # by source, then by rollout
         entries = received.numpy().view(values.dtype).reshape(-1, *values.shape[1:])
         return _take(entries, counts[wanted][arrived], np.argsort(arrived, kind="stable"))
@@ -114,11 +113,10 @@ def _as_bytes(values: NDArray[Any]) -> torch.Tensor:
 
 
 def _take(values: NDArray[Any], counts: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[Any]:
-    """Return the entries of ragged rows in another order of the rows."""
-    starts = np.concatenate([[0], np.cumsum(counts)])[:-1][order]
-    sizes = counts[order]
-    shifts = starts - np.concatenate([[0], np.cumsum(sizes)])[:-1]
-    return np.asarray(values[np.repeat(shifts, sizes) + np.arange(int(sizes.sum()))])
+    """Return the entries of ragged rows in another order of the rows. A row is copied as a whole."""
+    ends = np.cumsum(counts)
+    starts, ends = (ends - counts)[order].tolist(), ends[order].tolist()
+    return np.concatenate([values[:0], *(values[begin:end] for begin, end in zip(starts, ends, strict=True))])
 
 
 def _bytes_per_rank(

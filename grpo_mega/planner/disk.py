@@ -20,6 +20,8 @@ from grpo_mega.planner.inputs import PlanInputs
 
 LOG_PROB_BYTES = 3.6
 """Compressed float32 log-prob: the sign and the exponent take half a byte, the mantissa is not compressible."""
+MISMATCH_BYTES = 1.2
+"""Compressed log-prob of the policy, as a rounded difference from the engine's."""
 TEXT_RATIO = 0.45
 """Compressed bytes per byte of text."""
 ROW_BYTES = 6.0
@@ -92,7 +94,7 @@ def rollout_file_bytes(inputs: PlanInputs) -> float:
     prompt = config.data.max_prompt_tokens * assumed.mean_length
     completion = config.sampling.max_tokens * assumed.mean_length
     token = math.log2(inputs.spec.vocab_size) / 8 + assumed.text_bytes_per_token * TEXT_RATIO
-    log_probs = LOG_PROB_BYTES * (1 if config.algorithm.old_log_probs == "sampler" else 2)
+    log_probs = LOG_PROB_BYTES + (0.0 if config.algorithm.old_log_probs == "sampler" else MISMATCH_BYTES)
     row = ROW_BYTES + completion * (token + log_probs) + prompt * token / config.sampling.group_size
     if config.algorithm.routing_replay and inputs.spec.moe is not None:
         row += (prompt + completion) * _record_bytes(inputs.spec)

@@ -280,6 +280,7 @@ class MegatronLearner:
 
         def forward(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
             microbatch = next(iterator)
+            assert len(microbatch.token_ids) == row_tokens, "pipeline messages have one shape"
             output = model(
                 self._context_parallel_part(microbatch.token_ids, microbatch)[None],
                 self._context_parallel_part(microbatch.position_ids, microbatch)[None],
@@ -288,9 +289,10 @@ class MegatronLearner:
             )
             return output, lambda last: last_stage(last, microbatch)
 
-        row_tokens = {len(m.token_ids) for m in microbatches}
-        assert len(row_tokens) == 1, f"rows of {sorted(row_tokens)} tokens: pipeline messages have one shape"
-        rows = [_to_device(m, self.ranks.device) for m in microbatches]
+        row_tokens = len(microbatches[0].token_ids)
+        rows: Sequence[Microbatch] = microbatches  # on the host a row is packed when it is its turn
+        if self.ranks.device.type != "cpu":
+            rows = [_to_device(m, self.ranks.device) for m in microbatches]
         chunks = self.parts.ddps
         self._work.start()
         outputs: list[Any] = get_forward_backward_func()(
@@ -298,7 +300,7 @@ class MegatronLearner:
             data_iterator=[iter(rows) for _ in chunks] if len(chunks) > 1 else iter(rows),
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(microbatches),
-            seq_length=row_tokens.pop(),
+            seq_length=row_tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -321,7 +323,5 @@ _NO_TOKENS = torch.zeros((), dtype=torch.int, device="cpu")  # Megatron would di
 
 
 def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    if device.type == "cpu":
-        return microbatch
     tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(microbatch).items() if isinstance(v, Tensor)}
     return replace(microbatch, **tensors)

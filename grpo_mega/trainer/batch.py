@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,17 @@ from torch import Tensor
 
 from grpo_mega.algorithm.base import OwnTokens
 from grpo_mega.config.schema import Config, TrainConfig
-from grpo_mega.data.pack import pack, token_rows, unpack
-from grpo_mega.data.rollout_tokens import RolloutTokens, means_per_rollout, ragged_index, sums_per_rollout
+from grpo_mega.data.pack import unpack
+from grpo_mega.data.rollout_tokens import RolloutTokens, offsets_of, sums_per_rollout
+from grpo_mega.data.rollout_values import LossTokenValues, mean_values
 from grpo_mega.data.row_plan import RolloutCost, RowShape, StepPlan, plan_step, split_minibatches
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.learning_rate import LearningRateSchedule
 from grpo_mega.trainer.objective import Credit, Objective
+from grpo_mega.trainer.packed_rows import PackedRows
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
-from grpo_mega.types import Microbatch, TokenValues
-
-_PAD_ID = 0  # any valid token id: positions of padding have no loss and attend to nothing
+from grpo_mega.types import TokenValues
 
 
 @dataclass(frozen=True)
@@ -38,70 +39,53 @@ class TrainBatch:
     """Rows of this rank for one step.
 
     Attributes:
-        minibatches: `minibatches[i]` are the microbatches of one optimizer step.
-        plan: rollouts of all rows of all ranks.
+        microbatches: all rows, minibatch by minibatch. A row is packed when it is read.
+        plan: place of the rollouts of all ranks.
         positions: of the loss tokens of this rank's rollouts in their completions.
-        advantages: of these tokens.
         rewards: [R] from which the advantages are computed, before the overlong penalty; NaN: not scored.
         is_trained: [R] False for rollouts without loss.
-        values: with a critic, its value of each of these tokens.
-        returns: with a critic, its target for each of these tokens.
     """
 
-    minibatches: list[list[Microbatch]]
+    microbatches: PackedRows
     plan: StepPlan
     positions: TokenValues
-    advantages: TokenValues
     rewards: NDArray[np.float64]
     is_trained: NDArray[np.bool_]
-    values: TokenValues | None = None
-    returns: TokenValues | None = None
+
+    @property
+    def minibatches(self) -> list[PackedRows]:
+        """The microbatches of each optimizer step."""
+        ends = np.cumsum([0, *self.plan.num_rows]).tolist()
+        return [self.microbatches[begin:end] for begin, end in pairwise(ends)]
+
+    @property
+    def advantages(self) -> LossTokenValues:
+        """Advantages of the loss tokens."""
+        return self.microbatches.advantages
+
+    @property
+    def values(self) -> TokenValues | None:
+        """With a critic, its value of each loss token."""
+        return self.microbatches.old_values
+
+    @property
+    def returns(self) -> TokenValues | None:
+        """With a critic, its target for each loss token."""
+        return self.microbatches.returns
 
     def with_credit(self, credit: Credit, values: TokenValues | None = None) -> TrainBatch:
         """Return a copy with these advantages; with a critic also with its values and its returns."""
-        rows = iter(zip(*(self._rows(each) for each in (credit.advantages, values, credit.returns)), strict=True))
-        minibatches = []
-        for minibatch in self.minibatches:
-            part = []
-            for microbatch in minibatch:
-                advantages, old_values, returns = next(rows)
-                assert advantages is not None
-                part.append(replace(microbatch, advantages=advantages, old_values=old_values, returns=returns))
-            minibatches.append(part)
-        return replace(
-            self, minibatches=minibatches, advantages=credit.advantages, values=values, returns=credit.returns
-        )
-
-    def _rows(self, values: TokenValues | None) -> Sequence[Tensor | None]:
-        return [None] * len(self.microbatches) if values is None else token_rows(values, self.microbatches)
+        rows = replace(self.microbatches, advantages=credit.advantages, old_values=values, returns=credit.returns)
+        return replace(self, microbatches=rows)
 
     def with_log_probs(self, *, old: Sequence[Tensor | None] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
         """Return a copy with log-probs: one [T] tensor per entry of `microbatches`; None (also an entry): unchanged."""
-        rows = iter(range(len(self.microbatches)))
-        filled = []
-        for minibatch in self.minibatches:
-            part = []
-            for microbatch in minibatch:
-                i = next(rows)
-                part.append(
-                    replace(
-                        microbatch,
-                        old_log_probs=microbatch.old_log_probs if old is None or old[i] is None else old[i],
-                        ref_log_probs=ref[i] if ref is not None else microbatch.ref_log_probs,
-                    )
-                )
-            filled.append(part)
-        return replace(self, minibatches=filled)
-
-    @property
-    def microbatches(self) -> list[Microbatch]:
-        """All microbatches, minibatch by minibatch."""
-        return [m for minibatch in self.minibatches for m in minibatch]
+        return replace(self, microbatches=self.microbatches.with_log_probs(old=old, ref=ref))
 
     @property
     def mean_advantages(self) -> NDArray[np.float64]:
         """Mean advantage over its loss tokens of each rollout of this rank, ascending by rollout, [N]."""
-        return means_per_rollout(self.advantages)
+        return mean_values(self.advantages)
 
     def completion_values(self, values: Sequence[Tensor]) -> TokenValues:
         """Return the values of the loss tokens of this rank's rollouts from one [T] tensor per microbatch."""
@@ -149,9 +133,9 @@ def build_batch(
         cost=cost,
     )
     tokens = transfer.to_trainers(groups.tokens, table, plan.trainer)
-    positions = TokenValues(tokens.ids, tokens.on_loss_tokens(tokens.loss_mask).offsets, tokens.loss_positions)
+    positions = TokenValues(tokens.ids, offsets_of(tokens.loss_counts), tokens.loss_positions)
     credit = objective.credit(groups, rewards, OwnTokens(positions, gather=transfer.collectives.gather_losses))
-    minibatches = pack_rows(
+    rows = rows_of_plan(
         plan,
         transfer.ranks.at.dp_rank,
         tokens,
@@ -159,7 +143,7 @@ def build_batch(
         weights.weights,
         segment_multiple=shape.segment_multiple,
     )
-    return TrainBatch(minibatches, plan, positions, credit.advantages, rewards, weights.is_trained)
+    return TrainBatch(rows, plan, positions, rewards, weights.is_trained)
 
 
 def kl_penalties(
@@ -180,15 +164,15 @@ def kl_penalties(
     return penalties, transfer.sum_per_rollout(sums_per_rollout(penalties), kl.ids, len(batch.rewards))
 
 
-def pack_rows(
+def rows_of_plan(
     plan: StepPlan,
     dp_rank: int,
     tokens: RolloutTokens,
-    advantages: TokenValues,
+    advantages: LossTokenValues,
     token_weights: NDArray[np.float64],
     *,
     segment_multiple: int,
-) -> list[list[Microbatch]]:
+) -> PackedRows:
     """Return the rows of a data-parallel rank, minibatch by minibatch.
 
     Args:
@@ -199,20 +183,8 @@ def pack_rows(
         token_weights: [R] factor of the loss of each token of each rollout of the step.
         segment_multiple: every segment is padded to a multiple of it.
     """
-
-    def row(ids: list[int]) -> Microbatch:
-        places = np.searchsorted(tokens.ids, np.array(ids, dtype=np.int64))
-        chosen = ragged_index(advantages.offsets[:-1][places], advantages.counts[places])
-        return pack(
-            tokens.select(places),
-            row_tokens=plan.row_tokens,
-            advantages=advantages.values[chosen],
-            token_weights=token_weights[ids],
-            pad_id=_PAD_ID,
-            segment_multiple=segment_multiple,
-        )
-
-    return [[row(ids) for ids in ranks[dp_rank]] for ranks in plan.minibatches]
+    ids = [row for minibatch in plan.rows_of(dp_rank) for row in minibatch]
+    return PackedRows(ids, tokens, advantages, token_weights, plan.row_tokens, segment_multiple)
 
 
 def shuffled_rewards(rewards: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from grpo_mega.data.example_dataset import Example, ExampleDataset
 from grpo_mega.data.rollout_tokens import NOT_SAMPLED, RolloutTokens, offsets_of
 from grpo_mega.data.row_plan import RowShape, plan_step, split_minibatches
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.trainer.batch import TrainBatch, pack_rows
+from grpo_mega.trainer.batch import TrainBatch, rows_of_plan
 
 
 def example_tokens(examples: Sequence[Example], ids: Sequence[int]) -> RolloutTokens:
@@ -66,9 +66,9 @@ def build_example_batch(
     plan = plan_step(lengths, spans, max_tokens=train.max_tokens_per_microbatch, dp=dp, shape=shape)
     tokens = example_tokens(examples, np.flatnonzero(plan.trainer == dp_rank).tolist())
     zeros = tokens.on_loss_tokens(tokens.sampler_log_probs)
-    rows = pack_rows(plan, dp_rank, tokens, zeros, np.array(weights), segment_multiple=shape.segment_multiple)
+    rows = rows_of_plan(plan, dp_rank, tokens, zeros, np.array(weights), segment_multiple=shape.segment_multiple)
     unscored = np.full(len(examples), np.nan)
-    return TrainBatch(rows, plan, zeros, zeros, unscored, np.ones(len(examples), np.bool_))
+    return TrainBatch(rows, plan, zeros, unscored, np.ones(len(examples), np.bool_))
 
 
 def explain_examples(config: Config, topology: Topology, examples: ExampleDataset) -> str:

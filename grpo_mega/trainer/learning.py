@@ -158,7 +158,7 @@ def with_log_probs(job: LearningJob, objective: Objective, batch: TrainBatch) ->
     if objective.algorithm.needs_reference:
         with job.policy.reference():
             ref = job.policy.log_probs(batch.microbatches)
-    skipped = 0 if objective.kl_in_reward else len(batch.minibatches[0])
+    skipped = 0 if objective.kl_in_reward else batch.plan.num_rows[0]
     later, old = batch.microbatches[skipped:], None
     if objective.algorithm.old_log_probs == "policy" and later:
         found = job.policy.log_probs(later)
@@ -204,7 +204,7 @@ def update_critic(
         for _ in range(job.config.train.epochs_per_rollout):
             for minibatch in batch.minibatches:
                 rate = objective.critic_rate(schedule.rate(policy_version + len(stats)))
-                allows = job.guard.allows([m.rollout_ids for m in minibatch], of_critic=True)
+                allows = job.guard.allows(minibatch.rollout_ids, of_critic=True)
                 stats.append(job.critic.update(minibatch, loss, rate, allows))
     return batch, [each for each in stats if each.is_made]
 
@@ -231,10 +231,9 @@ def update(
     schedule = LearningRateSchedule.of(job.config.optimizer, job.config.train)
     for _ in range(job.config.train.epochs_per_rollout):
         for i in range(len(batch.minibatches)):
-            rate = schedule.rate(policy_version + num_made)
-            allows = job.guard.allows([m.rollout_ids for m in batch.minibatches[i]])
-            stat, log_probs = job.policy.update(batch.minibatches[i], loss, rate, allows)
-            if not stats and log_probs is not None and batch.microbatches[0].old_log_probs is None:
+            minibatch, rate = batch.minibatches[i], schedule.rate(policy_version + num_made)
+            stat, log_probs = job.policy.update(minibatch, loss, rate, job.guard.allows(minibatch.rollout_ids))
+            if not stats and log_probs is not None and not batch.microbatches.has_old_log_probs(0):
                 later = len(batch.microbatches) - len(log_probs)
                 batch = batch.with_log_probs(old=[*log_probs, *[None] * later], ref=None)
             stats.append(stat)
@@ -260,9 +259,9 @@ def sampled_old_log_probs(job: LearningJob, batch: TrainBatch, table: RolloutTab
         microbatches = batch.minibatches[0]
     found = None
     if job.transfer.ranks.is_last_stage:
-        rows = [m.old_log_probs for m in microbatches]
-        assert all(row is not None for row in rows), "the last pipeline stage lacks the log-probs of a microbatch"
-        found = unpack([row for row in rows if row is not None], microbatches)
+        rows = [row for row in microbatches.old_log_probs or () if row is not None]
+        assert len(rows) == len(microbatches), "the last pipeline stage lacks the log-probs of a microbatch"
+        found = unpack(rows, microbatches)
     return job.transfer.to_samplers(found, table, trainer)
 
 

@@ -28,6 +28,7 @@ from grpo_mega.algorithm.mismatch_correction import Correction
 from grpo_mega.algorithm.value_loss import ValueLoss
 from grpo_mega.config.algorithm_parts import bound_part
 from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.data.rollout_values import LossTokenValues, RolloutValues
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.types import Microbatch, TokenValues, UpdateStats
 
@@ -53,7 +54,7 @@ class Credit:
     `returns` is None without a critic.
     """
 
-    advantages: TokenValues
+    advantages: LossTokenValues
     returns: TokenValues | None = None
 
 
@@ -157,10 +158,11 @@ class Objective:
         )
         estimates = bound_part("advantage", self.algorithm)(step)
         advantages = estimates.advantages
-        if not isinstance(advantages, TokenValues):
-            advantages = own.positions.with_values(own.repeat(np.asarray(advantages, dtype=np.float64)))
-        known = np.where(own.repeat(scored), advantages.values, 0.0)
-        return Credit(advantages.with_values(known), estimates.returns)
+        if isinstance(advantages, TokenValues):
+            known = np.where(own.repeat(scored), advantages.values, 0.0)
+            return Credit(advantages.with_values(known), estimates.returns)
+        per_rollout = np.where(scored, np.asarray(advantages, dtype=np.float64), 0.0)[own.ids]
+        return Credit(RolloutValues(own.ids, own.positions.offsets, per_rollout), estimates.returns)
 
     def _shape(self, groups: SampledGroups, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the rewards minus the soft overlong penalty.

@@ -205,7 +205,7 @@ class RunReporter:
         sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
         lengths = result.groups.table.num_tokens
         trained = lengths[result.batch.is_trained].tolist()
-        work = self._work.of_step(trained, [len(rows) for rows in result.batch.minibatches], times)
+        work = self._work.of_step(trained, result.batch.plan.num_rows, times)
         if result.guard.quarantined is not None:
             folder = self._run.folder.quarantine_of(result.step)
             reason = quarantine_reason(result, self._config.run.seed, self.summary.policy_digest)

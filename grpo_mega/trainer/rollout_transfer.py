@@ -51,7 +51,8 @@ class RolloutTransfer:
             return tokens
         ids = np.flatnonzero(trainer == self.ranks.at.dp_rank)
         lengths, source = table.num_tokens, self._samplers(table)
-        target = np.array([self.ranks.topology.first_rank(int(dp_rank)) for dp_rank in trainer], dtype=np.int64)
+        topology = self.ranks.topology
+        target = np.array([topology.first_rank(dp_rank) for dp_rank in range(topology.dp)], dtype=np.int64)[trainer]
         size = int(lengths[ids].sum())
 
         def moved(column: NDArray[Any]) -> NDArray[Any]:
@@ -81,7 +82,8 @@ class RolloutTransfer:
         """
         topology, known = self.ranks.topology, trainer >= 0
         counts = np.where(known, table.loss_tokens, 0)
-        source = np.array([topology.loss_rank(int(dp_rank)) if dp_rank >= 0 else -1 for dp_rank in trainer])
+        loss_ranks = np.array([topology.loss_rank(dp_rank) for dp_rank in range(topology.dp)], dtype=np.int64)
+        source = np.where(known, loss_ranks[trainer], -1)
         target = np.where(known, self._samplers(table), -1)
         is_source = self.ranks.rank == topology.loss_rank(self.ranks.at.dp_rank)
         sent = np.zeros(0, np.float32)

@@ -156,7 +156,7 @@ def _sets(table: RolloutTable, sets: Sequence[str], right: NDArray[np.bool_]) ->
 
 def _mean(values: Sequence[float] | NDArray[Any]) -> float:
     """Return the mean of one number per rollout, without rounding errors of the sum; NaN of nothing."""
-    numbers = [float(value) for value in values]
+    numbers = np.asarray(values, dtype=np.float64).tolist()
     return statistics.fmean(numbers) if numbers else math.nan
 
 

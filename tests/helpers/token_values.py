@@ -8,6 +8,7 @@ import numpy as np
 
 from grpo_mega.algorithm.base import OwnTokens
 from grpo_mega.data.rollout_tokens import offsets_of
+from grpo_mega.data.rollout_values import LossTokenValues
 from grpo_mega.types import TokenValues
 
 
@@ -23,6 +24,6 @@ def own_tokens(rows: Sequence[Sequence[int]]) -> OwnTokens:
     return OwnTokens(positions.with_values(positions.values.astype(np.int64)))
 
 
-def as_lists(values: TokenValues) -> list[list[float]]:
+def as_lists(values: LossTokenValues) -> list[list[float]]:
     """Return the numbers of each rollout."""
-    return list(values.by_rollout().values())
+    return [part.tolist() for part in np.split(values.values, values.offsets[1:-1])]

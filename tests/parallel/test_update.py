@@ -28,6 +28,7 @@ from tests.helpers.recorded_rollouts import (
     RankRecord,
     Recorded,
     as_array,
+    as_row,
     make_rows,
     open_policy,
     optimizer_moments,
@@ -216,10 +217,12 @@ def run_uneven_update(
     rank: int, recorded: Recorded, layout: Layout, shares: list[list[list[int]]]
 ) -> tuple[UpdateStats, dict[str, Any], list[int]]:
     policy = open_policy(rank, recorded, layout)
-    rows = make_uneven_rows(rank, recorded, layout, shares)
-    batch = with_recorded(replace(make_rows(rank, recorded, layout), minibatches=[rows]), recorded)
-    stats, _ = policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)
-    tokens = [m.num_loss_tokens for m in batch.microbatches]
+    rows = [
+        replace(m, old_log_probs=as_row(recorded.old, m), ref_log_probs=as_row(recorded.ref, m))
+        for m in make_uneven_rows(rank, recorded, layout, shares)
+    ]
+    stats, _ = policy.update(rows, LOSS, OPTIMIZER.lr)
+    tokens = [m.num_loss_tokens for m in rows]
     return stats, {name: as_array(t) for name, t in policy.full_tensors(1 << 28)}, tokens
 
 

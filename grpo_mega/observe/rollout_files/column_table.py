@@ -1,7 +1,9 @@
 """Columns of the rollout files: names, types, encodings and meanings. docs/reference/rollouts.md is made of them.
 
 Floats and token ids are encoded by byte planes (BYTE_STREAM_SPLIT), which zstd compresses well and fast. Texts and
-other columns that repeat have a dictionary. Asserted by tests/unit/observe/rollout_files/test_column_table.py.
+other columns that repeat have a dictionary. A second float32 log-prob of every token would take two fifths of a file,
+so the policy's are stored as the rounded difference from the engine's (mismatch_column.py).
+Asserted by tests/unit/observe/rollout_files/test_column_table.py.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from typing import Literal
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the columns, in the metadata of every file. A reader rejects a file of another version."""
 VERSION_KEY, NUM_PARTS_KEY, PART_KEY = b"grpo_mega.rollouts", b"grpo_mega.num_parts", b"grpo_mega.part"
 EXPERT_SHAPE_KEY = b"grpo_mega.expert_shape"
+MISMATCH_BITS = 4
+"""Bits of the mantissa of `mismatch` behind the leading one."""
 FILE_METADATA = {
     VERSION_KEY: "version of the columns",
     PART_KEY: "index of the part, which is the index of its prompt shard",
@@ -27,7 +31,11 @@ Encoding = Literal["plain", "dictionary", "byte planes"]
 
 @dataclass(frozen=True)
 class RolloutColumn:
-    """A column of the rollout files. `per_token`: its values have one entry per token."""
+    """A column of the rollout files, or of the rows that are read from them.
+
+    `per_token`: its values have one entry per token. `where`: a column `in files` is not in the rows that are read, and
+    one `in rows` is computed when a file is read.
+    """
 
     name: str
     type: pa.DataType
@@ -35,6 +43,7 @@ class RolloutColumn:
     encoding: Encoding = "plain"
     per_token: bool = False
     is_text: bool = False
+    where: Literal["in both", "in files", "in rows"] = "in both"
 
     @property
     def parquet_path(self) -> str:
@@ -78,11 +87,21 @@ COLUMNS: tuple[RolloutColumn, ...] = (
         per_token=True,
     ),
     RolloutColumn(
-        "old_log_probs",
-        _LOG_PROBS,
-        "the same from the policy before the update; null where not computed (`algorithm.old_log_probs=sampler`)",
+        "mismatch",
+        pa.list_(pa.float16()),
+        "log-prob of each completion token from the policy before the update minus the one from the engine, nats, "
+        f"rounded to {MISMATCH_BITS + 1} significant bits: a relative error of at most 1/{2 ** (MISMATCH_BITS + 1)}, "
+        "or an absolute one of 3e-8; null where not computed (`algorithm.old_log_probs=sampler`)",
         "byte planes",
         per_token=True,
+        where="in files",
+    ),
+    RolloutColumn(
+        "old_log_probs",
+        _LOG_PROBS,
+        "log-probs of the policy before the update, nats, as `sampler_log_probs + mismatch`; null where `mismatch` is",
+        per_token=True,
+        where="in rows",
     ),
     RolloutColumn(
         "loss_mask",
@@ -112,7 +131,9 @@ COLUMNS: tuple[RolloutColumn, ...] = (
     ),
 )
 COLUMN_BY_NAME = {column.name: column for column in COLUMNS}
-SCHEMA = pa.schema([pa.field(column.name, column.type) for column in COLUMNS])
+SCHEMA = pa.schema([pa.field(column.name, column.type) for column in COLUMNS if column.where != "in files"])
+"""Columns of the rows in memory: those that are written, and those that are read."""
+FILE_SCHEMA = pa.schema([pa.field(column.name, column.type) for column in COLUMNS if column.where != "in rows"])
 
 _HEAD = f"""# Rollout files reference
 
@@ -130,6 +151,12 @@ surrogate) is written as `\\ud800`. The version of the columns is {SCHEMA_VERSIO
 | column | type | meaning |
 |---|---|---|
 """
+_ROWS_HEAD = """
+The rows that `grpo-mega rollouts` prints have these columns without `mismatch`, and in its place:
+
+| column | type | meaning |
+|---|---|---|
+"""
 _METADATA_HEAD = """
 Metadata of every file:
 
@@ -140,9 +167,11 @@ Metadata of every file:
 
 def reference() -> str:
     """Return the text of docs/reference/rollouts.md."""
-    rows = [f"| `{column.name}` | {_type_name(column.type)} | {column.meaning} |\n" for column in COLUMNS]
+    lines = {c.name: f"| `{c.name}` | {_type_name(c.type)} | {c.meaning} |\n" for c in COLUMNS}
+    of_files = "".join(lines[name] for name in FILE_SCHEMA.names)
+    of_rows = _ROWS_HEAD + "".join(lines[c.name] for c in COLUMNS if c.where == "in rows")
     keys = [f"| `{key.decode()}` | {meaning} |\n" for key, meaning in FILE_METADATA.items()]
-    return _HEAD + "".join(rows) + _METADATA_HEAD + "".join(keys)
+    return _HEAD + of_files + of_rows + _METADATA_HEAD + "".join(keys)
 
 
 def _type_name(of_type: pa.DataType) -> str:
@@ -153,4 +182,4 @@ def _type_name(of_type: pa.DataType) -> str:
         return f"list<{_type_name(of_type.value_type)}>"
     if pa.types.is_struct(of_type):
         return f"struct<{', '.join(f'{field.name}: {_type_name(field.type)}' for field in of_type)}>"
-    return {"float": "float32", "double": "float64"}.get(str(of_type), str(of_type))
+    return {"halffloat": "float16", "float": "float32", "double": "float64"}.get(str(of_type), str(of_type))

@@ -18,13 +18,14 @@ from grpo_mega.observe.rollout_files.arrow_table import record_batches
 from grpo_mega.observe.rollout_files.column_table import (
     COLUMNS,
     EXPERT_SHAPE_KEY,
+    FILE_SCHEMA,
     NUM_PARTS_KEY,
     PART_KEY,
-    SCHEMA,
     SCHEMA_VERSION,
     VERSION_KEY,
 )
 from grpo_mega.observe.rollout_files.columns import RolloutColumns
+from grpo_mega.observe.rollout_files.mismatch_column import with_mismatch
 
 COMPRESSION_LEVEL = 1
 """Level of zstd. Higher levels are slower and do not make columns of byte planes smaller."""
@@ -77,19 +78,20 @@ def _write(sink: pa.PythonFile, part: int, num_parts: int, columns: RolloutColum
     metadata = {VERSION_KEY: f"{SCHEMA_VERSION}", PART_KEY: f"{part}", NUM_PARTS_KEY: f"{num_parts}"}
     if columns.expert_shape is not None:
         metadata[EXPERT_SHAPE_KEY] = ",".join(map(str, columns.expert_shape))
-    encodings = {column.parquet_path: "BYTE_STREAM_SPLIT" for column in COLUMNS if column.encoding == "byte planes"}
+    stored = [column for column in COLUMNS if column.where != "in rows"]
+    encodings = {column.parquet_path: "BYTE_STREAM_SPLIT" for column in stored if column.encoding == "byte planes"}
     with pq.ParquetWriter(
         sink,
-        SCHEMA.with_metadata(metadata),
+        FILE_SCHEMA.with_metadata(metadata),
         compression="zstd",
         compression_level=COMPRESSION_LEVEL,
-        use_dictionary=[column.parquet_path for column in COLUMNS if column.encoding == "dictionary"],
+        use_dictionary=[column.parquet_path for column in stored if column.encoding == "dictionary"],
         column_encoding=encodings,
-        write_statistics=[column.name for column in COLUMNS if not pa.types.is_nested(column.type)],
+        write_statistics=[column.name for column in stored if not pa.types.is_nested(column.type)],
         write_page_checksum=True,
     ) as writer:
         for batch in record_batches(columns):
-            writer.write_batch(batch, row_group_size=max(1, batch.num_rows))
+            writer.write_batch(with_mismatch(batch), row_group_size=max(1, batch.num_rows))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -21,6 +21,7 @@ from grpo_mega.observe.rollout_files.column_table import (
     SCHEMA_VERSION,
     VERSION_KEY,
 )
+from grpo_mega.observe.rollout_files.mismatch_column import with_old_log_probs
 from grpo_mega.observe.rollout_files.part_writer import part_path
 from grpo_mega.observe.rollout_files.plain_rows import RolloutRow, plain_rows
 from grpo_mega.types import UserError
@@ -155,7 +156,12 @@ def _read_part(path: Path, columns: Sequence[str] | None) -> tuple[pa.Table, Map
             )
         if PART_KEY not in metadata or NUM_PARTS_KEY not in metadata:
             raise ValueError(f"the metadata lacks {PART_KEY.decode()} or {NUM_PARTS_KEY.decode()}")
-        table = file.read(columns=None if columns is None else list(columns))
-    names = SCHEMA.names if columns is None else list(columns)
+        names = SCHEMA.names if columns is None else list(columns)
+        stored = [name for name in names if name != "old_log_probs"]
+        if "old_log_probs" in names:
+            stored += [name for name in ("mismatch", "sampler_log_probs") if name not in stored]
+        table = file.read(columns=stored)
+    if "mismatch" in stored:
+        table = with_old_log_probs(table)
     fields = pa.schema([SCHEMA.field(name) for name in names])
     return table.select(names).cast(fields), metadata

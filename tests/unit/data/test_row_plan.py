@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
 from grpo_mega.config.policy_sections import ParallelConfig
-from grpo_mega.data.row_plan import RolloutCost, RowShape, plan_step, plan_update, split_minibatches
+from grpo_mega.data import row_plan
+from grpo_mega.data.row_plan import RolloutCost, RowShape, plan_step, split_minibatches
 from grpo_mega.types import UserError
+
+
+def plan_update(lengths: list[int], dp: int, *args: Any, **more: Any) -> list[list[list[int]]]:
+    """Return the plan of an update as plan[rank][microbatch] = ascending rollouts."""
+    plan = row_plan.plan_update(lengths, dp, *args, **more)
+    found: list[list[list[int]]] = [[[] for _ in range(plan.num_rows)] for _ in range(dp)]
+    for rollout, (rank, row) in enumerate(zip(plan.rank.tolist(), plan.row.tolist(), strict=True)):
+        found[rank][row].append(rollout)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -136,11 +147,54 @@ def _slowest(plan: list[list[list[int]]], lengths: list[int]) -> float:
     return len(plan[0]) * longest + max(sum(lengths[i] ** 2 for row in rank for i in row) for rank in plan)
 
 
+def one_by_one(lengths: list[int], costs: list[float], dp: int, limit: int) -> list[list[list[int]]]:
+    """Return the plan that assigns one rollout after the other, in Python."""
+
+    def spread(rollouts: Sequence[int], num_bins: int) -> list[list[int]]:
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        totals = [0.0] * num_bins
+        for i in sorted(rollouts, key=lambda i: (-costs[i], i)):
+            least = totals.index(min(totals))
+            bins[least].append(i)
+            totals[least] += costs[i]
+        return bins
+
+    def first_fit(rollouts: Sequence[int]) -> list[list[int]]:
+        bins: list[list[int]] = []
+        for i in sorted(rollouts, key=lambda i: (-lengths[i], i)):
+            fits = [b for b in bins if sum(lengths[j] for j in b) + lengths[i] <= limit]
+            if not fits:
+                bins.append([])
+                fits = bins[-1:]
+            fits[0].append(i)
+        return bins
+
+    ranks = spread(range(len(lengths)), dp)
+    needed = max(1, *(len(first_fit(rank)) for rank in ranks))
+    plan = []
+    for rank in ranks:
+        rows = spread(rank, needed)
+        if any(sum(lengths[i] for i in row) > limit for row in rows):
+            rows = first_fit(rank)
+        plan.append([sorted(row) for row in [*rows, *([[]] * (needed - len(rows)))]])
+    return plan
+
+
+def test_a_plan_is_that_of_one_assignment_after_the_other() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        dp, limit = rng.randrange(1, 12), rng.randrange(20, 60)
+        equal = rng.random() < 0.3  # ties everywhere
+        lengths = [limit // 3 if equal else rng.randrange(1, limit + 1) for _ in range(rng.randrange(0, 90))]
+        assert plan_update(lengths, dp, limit) == one_by_one(lengths, [float(n) for n in lengths], dp, limit)
+
+
 def test_a_step_has_rows_of_one_length_and_its_fractions_by_hand() -> None:
     lengths = np.array([5, 3, 2, 7])
     plan = plan_step(lengths, [range(2), range(2, 4)], max_tokens=8, dp=2, shape=RowShape(4, 2))
     assert plan.lengths.tolist() == [6, 4, 2, 8]
-    assert plan.minibatches == [[[[0]], [[1]]], [[[3]], [[2]]]]
+    rows = [[[row.tolist() for row in part] for part in plan.rows_of(dp_rank)] for dp_rank in range(2)]
+    assert rows == [[[[0]], [[3]]], [[[1]], [[2]]]]
     assert plan.row_tokens == 8
     assert plan.trainer.tolist() == [0, 1, 1, 0]
     assert plan.minibatch.tolist() == [0, 0, 1, 1]

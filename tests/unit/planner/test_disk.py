@@ -47,8 +47,10 @@ def written_part(folder: Path, groups: int, prompt: int, completion: int, *, wit
         }
         for member in range(4):
             own = {"member": member, "completion": text(completion), "completion_ids": ids(completion)}
-            own |= {"advantage": draw.choice(ADVANTAGES), "sampler_log_probs": log_probs()}
-            rows.append(shared | own | {"old_log_probs": log_probs() if with_old else None})
+            sampled = log_probs()
+            old = [value * draw.gauss(1.0, 0.01) for value in sampled] if with_old else None
+            own |= {"advantage": draw.choice(ADVANTAGES), "sampler_log_probs": sampled, "old_log_probs": old}
+            rows.append(shared | own)
     write_part(folder, 0, 1, columns_of(*rows))
     return part_path(folder, 0).stat().st_size
 

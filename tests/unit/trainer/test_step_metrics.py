@@ -13,7 +13,7 @@ from grpo_mega.data.rollout_table import RolloutTable
 from grpo_mega.data.row_plan import RowShape, plan_step
 from grpo_mega.observe.metric_table import require_known
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.trainer.batch import TrainBatch, rows_of_plan
 from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, StopReason, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
@@ -67,7 +67,13 @@ def result_of(rollouts: list[Rollout], updates: list[UpdateStats], sync: SyncRep
     plan = plan_step(np.array([4, 3, 5, 4]), [range(4)], max_tokens=8, dp=2, shape=RowShape())
     nothing = token_values([])
     is_trained = np.array([True, True, False, True])
-    batch = TrainBatch([], plan, nothing, nothing, groups.table.reward, is_trained)
+    batch = TrainBatch(
+        rows_of_plan(plan, 0, groups.tokens, nothing, np.zeros(4), segment_multiple=1),
+        plan,
+        nothing,
+        groups.table.reward,
+        is_trained,
+    )
     tokens, advantages = {"train/mismatch_max": 0.5}, np.array([1.0, -1.0, 0.5, -0.5])
     return StepResult(4, replace(groups, num_discarded=2), batch, nothing, advantages, updates, sync, 0.04, tokens)
 

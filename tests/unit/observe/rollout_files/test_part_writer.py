@@ -45,7 +45,7 @@ def test_a_part_has_all_data_for_scripts_and_replay(tmp_path: Path) -> None:
     assert second == DEFAULTS | {"step": 12, "group": 1}
     metadata = pq.read_schema(tmp_path / "part-00000.parquet").metadata
     assert metadata == {
-        b"grpo_mega.rollouts": b"2",
+        b"grpo_mega.rollouts": b"3",
         b"grpo_mega.part": b"0",
         b"grpo_mega.num_parts": b"1",
         b"grpo_mega.expert_shape": b"2,2",

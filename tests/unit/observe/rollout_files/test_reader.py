@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_mega.observe.rollout_files import part_writer
-from grpo_mega.observe.rollout_files.column_table import SCHEMA
+from grpo_mega.observe.rollout_files.column_table import SCHEMA, SCHEMA_VERSION
 from grpo_mega.observe.rollout_files.part_writer import write_part
 from grpo_mega.observe.rollout_files.reader import read_rows, read_step, steps_of
 from grpo_mega.types import UserError
@@ -74,11 +74,15 @@ def test_a_temporary_file_is_not_a_part(tmp_path: Path) -> None:
         read_step(folder)
 
 
-def test_a_part_of_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part_writer, "SCHEMA_VERSION", 1)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_part_of_an_older_or_newer_version_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int
+) -> None:
+    other = SCHEMA_VERSION + change
+    monkeypatch.setattr(part_writer, "SCHEMA_VERSION", other)
     write_part(tmp_path, 0, 1, columns_of({}))
     (problem,) = read_step(tmp_path).problems
-    assert "version 1 of the columns; this program reads version 2" in problem
+    assert f"version {other} of the columns; this program reads version {SCHEMA_VERSION}" in problem
 
 
 def test_a_parquet_file_of_another_program_is_named(tmp_path: Path) -> None:
