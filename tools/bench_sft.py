@@ -76,8 +76,8 @@ def measure(policy: MegatronPolicy, config: Config, examples: list[Example], rou
     with torch.no_grad():
         old = policy.log_probs(rows.microbatches)
     assert old is not None, "one rank is the last stage"
-    rl = rows.with_log_probs(old=old, ref=old).microbatches
-    rl = [replace(m, advantages=m.loss_mask.float(), sampler_log_probs=m.old_log_probs) for m in rl]  # type: ignore[arg-type]
+    filled = rows.with_log_probs(old=old, ref=old).microbatches
+    rl = [replace(m, advantages=m.loss_mask.float(), sampler_log_probs=m.old_log_probs) for m in filled]  # type: ignore[arg-type]
     grpo, likelihood = Objective(config.algorithm, 256).loss(), LikelihoodLoss()
     seconds: dict[str, list[float]] = {"rl": [], "sft": []}
     for number in range(rounds + 1):

@@ -239,7 +239,7 @@ def _plan(
     even = _spread_each(costs, ranks, dp, num_rows)
     totals = np.bincount(ranks * num_rows + even, lengths, dp * num_rows).reshape(dp, num_rows)
     # Rows of even length may exceed the limit where tight packing does not.
-    exceeds = (totals > max_tokens).any(axis=1)
+    exceeds = np.asarray((totals > max_tokens).any(axis=1))
     return UpdatePlan(ranks, np.where(exceeds[ranks], tight, even), num_rows)
 
 

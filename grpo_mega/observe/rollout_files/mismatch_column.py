@@ -1,7 +1,7 @@
 """The column `mismatch`: log-probs of the policy as rounded differences from those of the engine.
 
-Readers of rollouts need the difference to a few digits, to find and to color tokens. A replay reads the log-probs of the
-engine, which are stored in full, computes those of the policy again, and compares them as they are stored.
+Readers of rollouts need the difference to a few digits, to find and to color tokens. A replay reads the log-probs of
+the engine, which are stored in full, computes those of the policy again, and compares them as they are stored.
 Asserted by tests/unit/observe/rollout_files/test_mismatch_column.py.
 """
 

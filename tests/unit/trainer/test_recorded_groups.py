@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grpo_mega.data.expert_records import widen_record
+from grpo_mega.observe.rollout_files.mismatch_column import as_stored
 from grpo_mega.observe.rollout_files.part_writer import write_part
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.recorded_groups import recorded_step
@@ -68,9 +69,10 @@ def test_the_groups_of_a_step_are_read_as_they_were_written(tmp_path: Path, name
     assert list(found.groups.texts) == list(groups.texts)
     assert list(found.groups.failures) == list(groups.failures)
     np.testing.assert_array_equal(found.advantages, advantages)
-    assert found.old_log_probs.by_rollout() == {
-        i: [-0.5 * (i + 1)] * n for i, n in enumerate(groups.tokens.loss_counts.tolist())
-    }
+    sampled = groups.tokens.on_loss_tokens(groups.tokens.sampler_log_probs)
+    old = np.repeat(-0.5 * (1 + np.arange(len(advantages))), sampled.counts).astype(np.float32)
+    stored = sampled.with_values(as_stored(old, sampled.values))
+    assert found.old_log_probs.by_rollout() == stored.by_rollout()
 
 
 def test_a_step_of_which_only_some_groups_were_written_is_rejected(tmp_path: Path) -> None:
