@@ -134,10 +134,7 @@ def building(
             stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = with_changed_kl(state.over(prompts.digest, same_run=run.status == "continued"), run.changes)
-            engine = phases.start_engine(
-                lambda: RebuildableEngine(lambda: make_configured_engine(config, model_folder, run.folder.logs))
-            )
-            stack.callback(engine.close)
+            engine = phases.start_engine(lambda: make_rebuildable_engine(config, model_folder, run.folder.logs, stack))
             quiet_libraries()
             with phases.reading_weights():
                 sync = RebuildableSync(lambda: make_sync(config, policy, engine, ranks))
@@ -278,6 +275,20 @@ def make_engine(config: Config, model_folder: Path, logs: Path, stack: ExitStack
         UserError, RuntimeError: see `engines.factory.make_engine`.
     """
     engine = make_configured_engine(config, model_folder, logs)
+    stack.callback(engine.close)
+    return engine
+
+
+def make_rebuildable_engine(config: Config, model_folder: Path, logs: Path, stack: ExitStack) -> RebuildableEngine:
+    """Build the engine, which can be rebuilt after a failure. Arguments and errors are those of `make_engine`.
+
+    Args:
+        config: section engine.
+        model_folder: holds config.json and the tokenizer.
+        logs: folder for the logs of an engine's processes.
+        stack: closes the engine.
+    """
+    engine = RebuildableEngine(lambda: make_configured_engine(config, model_folder, logs))
     stack.callback(engine.close)
     return engine
 

@@ -59,7 +59,14 @@ class RebuildableEngine:
     def sync_peers(
         self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str
     ) -> SyncPeers | None:
-        """Connect with the ranks of engine servers; see `Engine.sync_peers`."""
+        """Connect with the ranks of engine servers.
+
+        Args:
+            shapes: as in `Engine.sync_peers`, and so are the others.
+            where: coordinates of this rank.
+            bucket_bytes: `weight_sync.bucket_bytes`.
+            transport: `weight_sync.transport`.
+        """
         return self._engine.sync_peers(shapes, where, bucket_bytes=bucket_bytes, transport=transport)
 
     def generate(

@@ -67,7 +67,11 @@ def read_recorded_step(
 
 
 def recorded_step(folder: Path, component_names: Sequence[str] = (), num_rollouts: int | None = None) -> RecordedStep:
-    """Read the rollouts of a step on one rank. Arguments and errors are those of `read_recorded_step`."""
+    """Read the rollouts of a step on one rank; the arguments are those of `read_recorded_step`.
+
+    Raises:
+        UserError: as `read_recorded_step`.
+    """
     found = read_step(folder)
     if found.problems:
         raise UserError("; ".join(found.problems), remedy="use another step, or let the run make this one again")
