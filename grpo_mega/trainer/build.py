@@ -135,7 +135,6 @@ def building(
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = with_changed_kl(state.over(prompts.digest, same_run=run.status == "continued"), run.changes)
             engine = phases.start_engine(lambda: make_rebuildable_engine(config, model_folder, run.folder.logs, stack))
-            quiet_libraries()
             with phases.reading_weights():
                 sync = RebuildableSync(lambda: make_sync(config, policy, engine, ranks))
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
@@ -290,6 +289,7 @@ def make_rebuildable_engine(config: Config, model_folder: Path, logs: Path, stac
     """
     engine = RebuildableEngine(lambda: make_configured_engine(config, model_folder, logs))
     stack.callback(engine.close)
+    quiet_libraries()
     return engine
 
 
