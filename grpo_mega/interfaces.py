@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.types import (
     AllowsUpdate,
     Completion,
@@ -32,6 +31,7 @@ from grpo_mega.types import (
 )
 
 if TYPE_CHECKING:
+    from grpo_mega.observe.engine_gauges import EngineGauges
     from grpo_mega.parallel.peer_group import PeerGroup
 
 RegionKind = Literal["plain", "permuted", "derived"]
@@ -252,19 +252,15 @@ class Engine(Protocol):
 
     def take_gauges(self) -> EngineGauges:
         """Return the gauges since the last call. Only those of the first rank of an engine count."""
-        ...
 
     def sleep(self) -> None:
         """Release KV cache and weights, and reject sampling until a sync; with servers, release nothing."""
-        ...
 
     def wake(self, what: Literal["weights", "kv_cache"]) -> None:
         """Allocate the memory that `sleep` released. The weights are undefined until the next sync."""
-        ...
 
     def close(self) -> None:
         """Free all resources. A second call does nothing."""
-        ...
 
 
 class TokenLoss(Protocol):
@@ -273,7 +269,6 @@ class TokenLoss(Protocol):
     @property
     def needs_reference(self) -> bool:
         """True if microbatches must carry `ref_log_probs`."""
-        ...
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of each token.
@@ -286,7 +281,6 @@ class TokenLoss(Protocol):
         Returns:
             The loss per token [T] before `token_weights`, and per-token metrics [T], detached.
         """
-        ...
 
 
 class TokenValueLoss(Protocol):
@@ -302,7 +296,6 @@ class TokenValueLoss(Protocol):
         Returns:
             The loss per token [T] before `token_weights`, and per-token metrics [T], detached.
         """
-        ...
 
 
 class LearnerMemory(Protocol):

@@ -160,6 +160,7 @@ def prepare(config: Config) -> Prepared:
     from grpo_mega.doctor.model_rules import check_model
     from grpo_mega.environments.base import build_environment
     from grpo_mega.observe.run_folder import check_run
+    from grpo_mega.observe.trackers.tracker import check_trackers
     from grpo_mega.rewards.base import build_rewards, needs_fields
 
     topology = Topology.of(config, wanted_world_size(config))
@@ -167,6 +168,7 @@ def prepare(config: Config) -> Prepared:
     rewards = build_rewards(config.reward.terms, config.reward.timeout_seconds)
     if config.environment is not None:
         build_environment(config.environment)
+    check_trackers(config.observe.trackers)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
     base, data = config.model.base, config.data
     check_rows(data, held_out_only=config.is_sft)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo_mega import __version__
+from grpo_mega.cli.closed_pipe import allow_closed_pipe
 from grpo_mega.config.nearest_name import nearest_name
 
 
@@ -40,6 +41,7 @@ COMMANDS = {
     "replay": Command("replay", "make a recorded step again, and name the first stage that differs"),
     "chaos": Command("chaos", "disturb small runs with signals, and check that each ends as the undisturbed run"),
     "report": Command("report", "make the HTML report of a run, or compare two runs"),
+    "trace": Command("trace", "merge the traces of a run's ranks into one file for ui.perfetto.dev"),
     "watch": Command("watch", "follow a run from another terminal, read-only"),
 }
 
@@ -67,7 +69,9 @@ def dispatch(arguments: Sequence[str], commands: dict[str, Command], prog: str) 
         return 2
     sys.argv = [f"{prog} {name}", *rest]  # argparse prints the first word of it as the program's name
     module = importlib.import_module(f"grpo_mega.cli.{commands[name].module}")
-    code: int = module.main(rest)
+    code: int = 0
+    with allow_closed_pipe():
+        code = module.main(rest)
     return code
 
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_mega.cli.closed_pipe import allow_closed_pipe
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.types import UserError
 
@@ -114,13 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal with another encoding than UTF-8
+    code = 0
     try:
-        code = print_rollouts(args)
-        sys.stdout.flush()
+        with allow_closed_pipe():
+            code = print_rollouts(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return code

@@ -28,6 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.cli.closed_pipe import allow_closed_pipe
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.config.user_code import absolute_name
@@ -176,13 +177,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        summary = score(args)
-        if args.json:
-            print(json.dumps(summary))
-        sys.stdout.flush()
+        with allow_closed_pipe():
+            summary = score(args)
+            if args.json:
+                print(json.dumps(summary))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

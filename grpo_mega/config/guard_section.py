@@ -60,7 +60,7 @@ class KlRule(GuardRule):
 
     action: GuardAction = "off"
     """What the run does when the rule holds."""
-    threshold: float = Field(10.0, gt=0)
+    threshold: float = Field(3.0, gt=0)
     """Nats per token."""
 
 

@@ -113,8 +113,10 @@ class SampledRollouts(Section):
 class ObserveConfig(Section):
     """Metrics and records of the run."""
 
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(("tensorboard",), strict=False)
+    """Systems that show the metrics: TensorBoard, with dashboard, histograms and texts; Weights & Biases, offline
+    unless WANDB_MODE says otherwise; MLflow, in a database of the run folder unless MLFLOW_TRACKING_URI names a server.
+    The last two show curves and need the extras `wandb` and `mlflow`. An empty list: none."""
     memory_peaks: bool = False
     """Measure the peak memory of the first rank in each phase. Without CUDA this slows the run: free memory is returned
     to the system before every phase."""
@@ -131,6 +133,11 @@ class ObserveConfig(Section):
     alarm_command: str | None = None
     """Shell command that is started for each alarm, on the machine of the first rank, with the alarm as one line of
     JSON on its standard input. It has 60 seconds."""
+    trace: bool = False
+    """Record phases, collectives and sampling of each rank in `trace/`, at most 64 MiB per rank, and write them at the
+    end as one file for ui.perfetto.dev, `trace.json.gz`."""
+    profile_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((), strict=False)
+    """Steps of which each rank writes a torch profile to `profile/`, on CUDA also a snapshot of the memory."""
 
 
 class Config(Section):

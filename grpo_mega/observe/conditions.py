@@ -46,7 +46,7 @@ def entropy_collapse(history: History, fraction: float = 0.1) -> Found | None:
     return Found(value, limit, text)
 
 
-def far_from_reference(history: History, limit: float = 10.0) -> Found | None:
+def far_from_reference(history: History, limit: float = 3.0) -> Found | None:
     """The KL divergence from the reference is above `limit` nats per token."""
     value = history.last("train/kl")
     if value is None or value <= limit:

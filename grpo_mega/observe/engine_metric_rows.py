@@ -46,10 +46,10 @@ ENGINE_METRICS: dict[str, Metric] = {
         "tokens that one replica sampled per second of its sampling",
         _ALL,
     ),
-    "time/policy_wait_seconds": Metric(
+    "wait/policy_seconds": Metric(
         TIME, "waiting", "seconds", "time in which the policy waits for rollouts and rewards, mean of the ranks", _ALL
     ),
-    "time/engine_wait_seconds": Metric(
+    "wait/engine_seconds": Metric(
         TIME,
         "waiting",
         "seconds",

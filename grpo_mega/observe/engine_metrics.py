@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo_mega.engine_gauges import EngineGauges
+from grpo_mega.observe.engine_gauges import EngineGauges
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,6 @@ def wait_metrics(steps: Sequence[tuple[dict[str, float], float, float]]) -> dict
     policy = [phases.get("rollout", 0.0) + phases.get("reward", 0.0) for phases, _, _ in steps]
     engine = [max(0.0, total - phases.get("evaluation", 0.0) - sampling) for phases, total, sampling in steps]
     return {
-        "time/policy_wait_seconds": statistics.fmean(policy),
-        "time/engine_wait_seconds": statistics.fmean(engine),
+        "wait/policy_seconds": statistics.fmean(policy),
+        "wait/engine_seconds": statistics.fmean(engine),
     }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grpo_mega.observe.rollout_files.columns import RolloutColumns
 from grpo_mega.observe.rollout_files.plain_rows import RolloutRow, rows_of
@@ -32,21 +33,34 @@ TokenTexts = Callable[[Sequence[int]], Sequence[str]]
 """Returns the text of each token."""
 
 
-def group_texts(columns: RolloutColumns, shown: int, token_texts: TokenTexts | None) -> dict[str, str]:
-    """Return {name: HTML} of at most `shown` groups, evenly from the highest to the lowest mean reward.
+def shown_groups(rewards: NDArray[np.float64], shown: int) -> list[int]:
+    """Return at most `shown` groups of a step, evenly from the highest to the lowest mean reward.
 
     Args:
-        columns: whole groups of a step. Only the rollouts of the shown groups become Python objects.
+        rewards: [P, G] of all groups of the step, on whichever rank they were sampled; NaN: no reward.
         shown: number of groups.
+    """
+    means = [_mean_reward(row) for row in rewards.tolist()]
+    return _spread(sorted(range(len(means)), key=means.__getitem__, reverse=True), shown)
+
+
+def group_texts(
+    parts: Sequence[RolloutColumns], order: Sequence[int], token_texts: TokenTexts | None
+) -> dict[str, str]:
+    """Return {name: HTML} of groups.
+
+    Args:
+        parts: whole groups of a step, each group in one part.
+        order: the groups that are shown. Only their rollouts become Python objects.
         token_texts: returns the texts of tokens; None: tokens are not shown.
     """
-    groups = [np.flatnonzero(columns.group == group) for group in np.unique(columns.group)]
-    means = [_mean_reward(columns.reward[positions].tolist()) for positions in groups]
-    order = sorted(range(len(groups)), key=means.__getitem__, reverse=True)
-    return {
-        f"groups/{position}": render_group(rows_of(columns.take(groups[i])), token_texts)
-        for position, i in enumerate(_spread(order, shown))
-    }
+    found: dict[str, str] = {}
+    for position, group in enumerate(order):
+        for part in parts:
+            places = np.flatnonzero(part.group == group)
+            if places.size:
+                found[f"groups/{position}"] = render_group(rows_of(part.take(places)), token_texts)
+    return found
 
 
 def render_group(rows: Sequence[RolloutRow], token_texts: TokenTexts | None) -> str:

@@ -1,4 +1,4 @@
-"""Writes the metrics of a run in the background: the lines of `metrics.jsonl`, and TensorBoard.
+"""Writes the metrics of a run in the background: the lines of `metrics.jsonl`, TensorBoard, and other trackers.
 
 A name that is not in observe/metric_table.py is an error. The line of a step must be on disk before the checkpoint of
 that step is published (trainer/save_points.py); otherwise a run that is killed between the two would never write it.
@@ -8,6 +8,7 @@ Asserted by tests/unit/observe/test_metrics.py.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from grpo_mega.observe.rollout_files.columns import RolloutColumns
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.safe_text import html_text
 from grpo_mega.observe.tensorboard import TensorBoardWriter
+from grpo_mega.observe.trackers.tracker import QueuedTracker
 
 StepMetrics = dict[str, float]
 EndEvaluation = Literal["before", "after"]
@@ -48,8 +50,8 @@ class MetricsWriter:
         writer: writes in the order of the calls.
         first_step: first step that will be written.
         tensorboard: also write to this object, which is closed by `close`; None: no TensorBoard.
-        groups_shown: groups per step in TensorBoard.
         token_texts: returns the texts of tokens, for TensorBoard; None: no tokens are shown.
+        trackers: also write the metrics to these, which are closed by `close`.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class MetricsWriter:
         *,
         first_step: int,
         tensorboard: TensorBoardWriter | None = None,
-        groups_shown: int = 0,
         token_texts: TokenTexts | None = None,
+        trackers: Sequence[QueuedTracker] = (),
     ) -> None:
+        self._trackers = trackers
         self._writer, self._next_step = writer, first_step
-        self._tensorboard, self._groups_shown, self._token_texts = tensorboard, groups_shown, token_texts
+        self._tensorboard, self._token_texts = tensorboard, token_texts
         self._evaluated = _end_evaluations(folder.metrics)
         # Unbuffered: a line is written in one call. A crash can leave an incomplete line, which `open_run` removes.
         self._file = Path(folder.metrics).open("ab", buffering=0)  # noqa: SIM115 - closed by `close`
@@ -105,18 +108,26 @@ class MetricsWriter:
         """Show the alarms that a step raised in TensorBoard."""
         self._submit_points(step, {}, {"alarms": _code_lines(texts)})
 
-    def show_rollouts(self, columns: RolloutColumns, ratio_counts: NDArray[np.float64]) -> None:
-        """Write the distributions of these rollouts and a few of their groups to TensorBoard.
+    def show_rollouts(
+        self,
+        columns: RolloutColumns,
+        shown: Sequence[RolloutColumns],
+        order: Sequence[int],
+        ratio_counts: NDArray[np.float64],
+    ) -> None:
+        """Write the distributions of the rollouts of this rank, and a few groups of all ranks, to TensorBoard.
 
         Args:
             columns: rollouts of this rank.
+            shown: whole groups of the step, each in one part; groups that are not in `order` are left out.
+            order: the groups that are shown, in this order.
             ratio_counts: loss tokens of the step's updates in the bins of ratio_bins.py; empty: there is none.
         """
         if self._tensorboard is not None:
-            tensorboard, shown, token_texts = self._tensorboard, self._groups_shown, self._token_texts
+            tensorboard, token_texts = self._tensorboard, self._token_texts
 
             def write() -> None:
-                texts = group_texts(columns, shown, token_texts)
+                texts = group_texts(shown, order, token_texts)
                 tensorboard.write(columns.step, {}, histograms=distributions(columns), texts=texts)
                 tensorboard.write_counts(columns.step, "train/ratio_distribution", RATIO_LIMITS, ratio_counts)
 
@@ -126,6 +137,8 @@ class MetricsWriter:
         """Mark the run as complete in TensorBoard."""
         if self._tensorboard is not None:
             self._writer.submit(self._tensorboard.finish)
+        for tracker in self._trackers:
+            tracker.finish()
 
     def close(self) -> None:
         """Write what is queued, and close the files. An error of the background writer stays with it."""
@@ -133,6 +146,8 @@ class MetricsWriter:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,6 +164,9 @@ class MetricsWriter:
         if self._tensorboard is not None:
             tensorboard = self._tensorboard
             self._writer.submit(lambda: tensorboard.write(step, values, texts=texts))
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for tracker in self._trackers if finite else ():
+            tracker.write(step, finite)
 
     def _append(self, values: Mapping[str, object]) -> None:
         content = f"{to_json(values)}\n".encode()

@@ -10,7 +10,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from grpo_mega.observe.hardware.gpu import open_gpus
 from grpo_mega.observe.hardware.host import NodeReader, ProcessReader
 from grpo_mega.observe.hardware.reduction import gpu_metrics, host_metrics, rank_metrics
 from grpo_mega.observe.hardware.sampler import NodeReading, NodeSampler
+from grpo_mega.observe.rollout_files.columns import RolloutColumns
 from grpo_mega.observe.timers import PhaseTimer
 
 MAX_TIMELINE_RANKS = 16
@@ -55,6 +56,7 @@ class RankReport:
         started: wall-clock time of the start of the step, in seconds since 1970.
         spans: (phase, start, seconds), starts from `started`.
         seconds: length of the step on this rank.
+        shown: its rollouts of the groups that TensorBoard shows.
         work: seconds in which the rank did not wait for others, and the work of its engine.
         process: values of the rank's process.
         node: values of the node, on one rank of each node.
@@ -68,6 +70,7 @@ class RankReport:
     process: Mapping[str, float] = field(default_factory=dict)
     node: NodeReading | None = None
     seconds: float = 0.0
+    shown: RolloutColumns | None = None
 
     def phase_seconds(self) -> dict[str, float]:
         """Return the seconds of each phase."""
@@ -104,9 +107,13 @@ class RankReporter:
         is_first_of_node = environment.get("LOCAL_RANK", "0") == "0"
         self._sampler = NodeSampler(open_gpus(num_gpus), NodeReader()) if is_first_of_node else None
 
-    def gather(self) -> list[RankReport]:
-        """Return the reports of all ranks on rank 0, in their order, and an empty list elsewhere. Collective."""
-        mine = self._measure()
+    def gather(self, shown: RolloutColumns | None = None) -> list[RankReport]:
+        """Return the reports of all ranks on rank 0, in their order, and an empty list elsewhere. Collective.
+
+        Args:
+            shown: rollouts of this rank that TensorBoard shows.
+        """
+        mine = replace(self._measure(), shown=shown)
         if self._world_size == 1:
             return [mine]
         found: list[RankReport | None] | None = [None] * self._world_size if self._rank == 0 else None

@@ -104,6 +104,20 @@ class RunFolder:
         """Report of quantization errors, `fp8_report.json`."""
         return self.path / "fp8_report.json"
 
+    @property
+    def traces(self) -> Path:
+        """Traces of the ranks, one file each (`observe.trace`)."""
+        return self.path / "trace"
+
+    @property
+    def trace(self) -> Path:
+        """Trace of all ranks."""
+        return self.path / "trace.json.gz"
+
+    def profile_of(self, step: int) -> Path:
+        """Return the folder of the torch profiles of a step (`observe.profile_steps`)."""
+        return self.path / "profile" / f"step_{step:06d}"
+
     def rollouts_of(self, step: int) -> Path:
         """Folder of the rollouts of one step, with one Parquet part per prompt shard."""
         return self.rollouts / f"step_{step:06d}"

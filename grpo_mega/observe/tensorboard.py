@@ -49,7 +49,7 @@ class TensorBoardWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                "observe.tensorboard=true needs tensorboard: pip install tensorboard, or observe.tensorboard=false"
+                "observe.trackers names tensorboard, which is not installed: pip install tensorboard, or remove it"
             ) from error
         continued = directory.exists()
         self._last = cut_event_files(directory, first_step) if continued else {}

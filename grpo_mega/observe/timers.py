@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from grpo_mega.observe.trace.recorder import TraceRecorder
 from grpo_mega.parallel.heartbeat import OUTSIDE, RankHeartbeat
 
 _NO_GAP = 1e-6  # seconds; rounding of sums
@@ -23,6 +24,7 @@ class PhaseTimer:
         on_phase: called with the name of a phase when it starts, or resumes after a nested phase.
         clock: monotonic clock in seconds.
         heartbeat: of this rank, which shows the launcher the phase and the step; None: no launcher watches.
+        recorder: records the phases in the trace of the run, where a nested phase does not pause the outer one.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class PhaseTimer:
         on_phase: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         heartbeat: RankHeartbeat | None = None,
+        recorder: TraceRecorder | None = None,
     ) -> None:
+        self._recorder = recorder
         self._heartbeat = heartbeat
         self._on_phase = on_phase
         self._clock = clock
@@ -56,9 +60,12 @@ class PhaseTimer:
             raise ValueError(f"phase={name} is the name of a sum; use another name")
         self._account()
         self._enter(name)
+        start = time.monotonic_ns()
         try:
             yield
         finally:
+            if self._recorder is not None:
+                self._recorder.record(name, "phase", start, time.monotonic_ns(), {})
             self._account()
             self._running.pop()
             if self._running:

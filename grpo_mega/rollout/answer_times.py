@@ -11,13 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.environments.pool import ReplyErrors
+from grpo_mega.observe.engine_gauges import EngineGauges
+from grpo_mega.observe.trace.recorder import TraceRecorder
 from grpo_mega.rollout.sampler import Generator
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
 LAST_FRACTION = 0.1
 """The rollouts that finish last; sampling waits for them from the moment at which only they are left."""
+
+
+_MAX_POINTS = 200  # of a curve of one call
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,16 @@ class AnswerTimes:
     Args:
         is_counted: returns False during an evaluation, which is not part of the rollouts of a step.
         clock: monotonic clock in seconds.
+        recorder: records the calls in the trace of the run.
     """
 
-    def __init__(self, is_counted: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
-        self.is_counted, self.clock = is_counted, clock
+    def __init__(
+        self,
+        is_counted: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
+        recorder: TraceRecorder | None = None,
+    ) -> None:
+        self.is_counted, self.clock, self.recorder = is_counted, clock, recorder
         self._sampling = self._last_answers = 0.0
         self._gauges, self._reply_errors = EngineGauges(), ReplyErrors()
 
@@ -72,6 +82,20 @@ class AnswerTimes:
         return found
 
 
+def record_unfinished(recorder: TraceRecorder, start: float, ends: Sequence[float]) -> None:
+    """Record the curve of the rollouts that are not finished, with at most `_MAX_POINTS` points.
+
+    Args:
+        recorder: of this rank.
+        start: time at which sampling began, in seconds of the monotonic clock.
+        ends: times at which the rollouts finished.
+    """
+    every = math.ceil((len(ends) + 1) / _MAX_POINTS)
+    points = [start, *sorted(ends)]
+    for i in sorted({*range(0, len(points), every), len(points) - 1}):
+        recorder.counter("unfinished rollouts", int(points[i] * 1e9), len(ends) - i)
+
+
 class ReportsErrors(Protocol):
     """The part of the environment workers that is read here."""
 
@@ -96,6 +120,10 @@ class SamplingMeasurement:
 
     def record(self, start: float, ends: Sequence[float]) -> None:
         """Add a call that returns now; the arguments are those of `AnswerTimes.add`."""
+        recorder = self.times.recorder
+        if recorder is not None:
+            recorder.record("sample", "engine", int(start * 1e9), time.monotonic_ns(), {"rollouts": len(ends)})
+            record_unfinished(recorder, start, ends)
         gauges = self.take_gauges()
         errors = ReplyErrors() if self.environments is None else self.environments.take_errors()
         if self.times.is_counted():

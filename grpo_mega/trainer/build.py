@@ -52,6 +52,7 @@ from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.rollback import Rollbacker, with_changed_kl
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.trainer.run_guard import RunGuard
+from grpo_mega.trainer.run_trace import RunTrace
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, table_lines
@@ -89,6 +90,7 @@ class BuiltJob:
             if job.config.checkpoint.export_hf:
                 with job.phases.reading_weights():
                     export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
+            job.trace.finish()
             observer.finished(after)
         except BaseException as error:
             observer.failed(error)
@@ -123,7 +125,7 @@ def building(
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         writer = stack.enter_context(BackgroundWriter())
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
-        timers = PhaseTimer(phase_listener(peaks, progress), heartbeat=heartbeat_of_this_rank())
+        trace, timers = make_timers(RunTrace(config.observe, run.folder, ranks, stack), peaks, progress)
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
             workers, collectives = start_workers(config, ranks, stack), ArrayCollectives(ranks)
@@ -138,13 +140,12 @@ def building(
             with phases.reading_weights():
                 sync = RebuildableSync(lambda: make_sync(config, policy, engine, ranks))
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
-            answers = AnswerTimes(lambda: timers.current == "rollout")
+            answers = AnswerTimes(lambda: timers.current == "rollout", recorder=trace.recorder)
             sampler, groups = make_source(config, engine, workers, collectives, timers, model_folder, answers, prompts)
         evaluator = make_evaluator(config, sampler, held_out, collectives)
         shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, writer, model_folder)
         observer = make_observer(shown, ranks, stack, own_work(policy, ranks, critic, answers))
-        if progress is not None:
-            progress.note(explain_batch(config, ranks.topology))
+        _note(progress, explain_batch(config, ranks.topology))
         job = TrainerState(
             config=config,
             ranks=ranks,
@@ -164,6 +165,7 @@ def building(
             mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
             transfer=RolloutTransfer(collectives),
             cost=rollout_cost(spec),
+            trace=trace,
         )
         yield BuiltJob(job, run, model_folder, state, policy, writer, Rollbacker.of(job, run, checkpoints, spec))
 
@@ -243,6 +245,17 @@ def make_checkpoints(
         background=BackgroundSaves(config.guard.timeout_seconds) if config.checkpoint.asynchronous else None,
         carried=None if prompts is None else carried_parts(config, prompts, ranks),
     )
+
+
+def _note(progress: Progress | None, text: str) -> None:
+    if progress is not None:
+        progress.note(text)
+
+
+def make_timers(trace: RunTrace, peaks: PhasePeaks, progress: Progress | None) -> tuple[RunTrace, PhaseTimer]:
+    """Return the trace and the timer of the phases of this rank, which reports them to all three and the launcher."""
+    heartbeat = heartbeat_of_this_rank()
+    return trace, PhaseTimer(phase_listener(peaks, progress), heartbeat=heartbeat, recorder=trace.recorder)
 
 
 def phase_listener(peaks: PhasePeaks, progress: Progress | None) -> Callable[[str], None]:

@@ -30,7 +30,6 @@ from grpo_mega.observe.run_folder import RunFolder, RunState
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
-from grpo_mega.parallel.heartbeat import heartbeat_of_this_rank
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import StopRequests
 from grpo_mega.policy.policy import MegatronPolicy
@@ -40,7 +39,7 @@ from grpo_mega.trainer.build import (
     make_evaluator,
     make_saves,
     make_sync,
-    phase_listener,
+    make_timers,
     report_fp8,
 )
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
@@ -49,6 +48,7 @@ from grpo_mega.trainer.example_batch import explain_examples
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.rollback import Rollbacker
 from grpo_mega.trainer.run_guard import RunGuard
+from grpo_mega.trainer.run_trace import RunTrace
 from grpo_mega.trainer.sft_loop import EngineSide, SftState, train_on_examples
 from grpo_mega.weight_sync.digest_comparison import source_digests
 
@@ -83,7 +83,9 @@ class BuiltSft:
             if job.config.checkpoint.export_hf:
                 with job.phases.reading_weights():
                     export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
-            observer.finished(after, self._digest())
+            digest = self._digest()
+            job.trace.finish()
+            observer.finished(after, digest)
         except BaseException as error:
             observer.failed(error)
             raise
@@ -127,7 +129,7 @@ def building_sft(
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         writer = stack.enter_context(BackgroundWriter())
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
-        timers = PhaseTimer(phase_listener(peaks, progress), heartbeat=heartbeat_of_this_rank())
+        trace, timers = make_timers(RunTrace(config.observe, run.folder, ranks, stack), peaks, progress)
         engine_side = None
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
@@ -150,7 +152,7 @@ def building_sft(
             progress.note(explain_examples(config, ranks.topology, examples))
         saves = make_saves(config, ranks, checkpoints, stops, timers, progress, writer)
         guard = RunGuard(config.guard, ranks)
-        job = SftState(config, ranks, examples, policy, phases, saves, timers, observer, guard, engine_side)
+        job = SftState(config, ranks, examples, policy, phases, saves, timers, observer, guard, engine_side, trace)
         yield BuiltSft(job, run, model_folder, state, policy, Rollbacker.of(job, run, checkpoints, spec))
 
 

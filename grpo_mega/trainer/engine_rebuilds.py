@@ -14,8 +14,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.interfaces import Engine, SyncPeers, WeightSink
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError

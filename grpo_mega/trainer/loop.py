@@ -31,6 +31,7 @@ from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.trainer.run_guard import RunGuard
+from grpo_mega.trainer.run_trace import RunTrace
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.step_metrics import IsRight, StepResult
 from grpo_mega.trainer.token_metrics import token_metrics
@@ -63,6 +64,7 @@ class TrainerState:
     is_right: IsRight
     mismatch_guard: MismatchGuard
     transfer: RolloutTransfer
+    trace: RunTrace
     cost: RolloutCost = field(default_factory=RolloutCost)
 
 
@@ -75,46 +77,56 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         GuardStopError, RollbackRequest: on every rank, before the checkpoint of a step in which a rule of `guard.rules`
             with this action held.
     """
-    config, timers = job.config, job.timers
     job.saves.start(state)
-    for step in range(state.step + 1, config.train.steps + 1):
-        timers.start_step()
-        job.guard.start_step(step)
-        groups = sample_groups(job, state, step)
-        job.saves.stop_before_updates(job.policy, state)
-        check_rollouts(job.guard, groups, job.is_right)
-        objective = job.objective.at(state.kl_coef)
-        learned = learn(job, objective, groups, step, state.policy_version)
-        batch, updates = learned.batch, learned.updates
-        differences, gather = differences_of(groups, learned.old_log_probs), job.transfer.collectives.gather
-        if not job.guard.skipped_non_finite:  # the log-probs of the policy may not be finite
-            job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
-        of_tokens = token_metrics(differences, groups, batch, job.transfer)
-        guarded = finish_guarded_step(job.guard, groups, updates, of_tokens, job.transfer.collectives.sum)
-        carried = None if groups.carry is None else groups.carry.rollouts
-        state = state.after(step, len(updates), objective.next_kl_coef(updates), carried)
-        job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
-        synced = push_weights(job, state)
-        evaluate_if_due(job, state)
-        kl_coef = objective.algorithm.kl_coef
-        waited = job.saves.wait_seconds
-        result = StepResult(
-            step,
-            groups,
-            batch,
-            learned.old_log_probs,
-            mean_advantages(job, batch),
-            updates,
-            synced,
-            kl_coef,
-            of_tokens,
-            learned.critic_updates,
-            state_bytes(job),
-            waited,
-            guarded,
-        )
-        job.observer.step(result)
-        job.saves.end_step(step)
+    for step in range(state.step + 1, job.config.train.steps + 1):
+        with job.trace.step(step):
+            state = train_step(job, state, step)
+    return state
+
+
+def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
+    """Make one step and return the state after it. Collective.
+
+    Raises:
+        Stopped, EngineMismatchError, GuardStopError, RollbackRequest: see `train`.
+    """
+    job.timers.start_step()
+    job.guard.start_step(step)
+    groups = sample_groups(job, state, step)
+    job.saves.stop_before_updates(job.policy, state)
+    check_rollouts(job.guard, groups, job.is_right)
+    objective = job.objective.at(state.kl_coef)
+    learned = learn(job, objective, groups, step, state.policy_version)
+    batch, updates = learned.batch, learned.updates
+    differences, gather = differences_of(groups, learned.old_log_probs), job.transfer.collectives.gather
+    if not job.guard.skipped_non_finite:  # the log-probs of the policy may not be finite
+        job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
+    of_tokens = token_metrics(differences, groups, batch, job.transfer)
+    guarded = finish_guarded_step(job.guard, groups, updates, of_tokens, job.transfer.collectives.sum)
+    carried = None if groups.carry is None else groups.carry.rollouts
+    state = state.after(step, len(updates), objective.next_kl_coef(updates), carried)
+    job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
+    synced = push_weights(job, state)
+    evaluate_if_due(job, state)
+    kl_coef = objective.algorithm.kl_coef
+    waited = job.saves.wait_seconds
+    result = StepResult(
+        step,
+        groups,
+        batch,
+        learned.old_log_probs,
+        mean_advantages(job, batch),
+        updates,
+        synced,
+        kl_coef,
+        of_tokens,
+        learned.critic_updates,
+        state_bytes(job),
+        waited,
+        guarded,
+    )
+    job.observer.step(result)
+    job.saves.end_step(step)
     return state
 
 

@@ -28,11 +28,12 @@ from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, versions, write_summary
 from grpo_mega.observe.tensorboard import TensorBoardWriter
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.observe.trackers.tracker import open_tracker
 from grpo_mega.observe.verdict import verdict
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.quarantine import quarantine_reason, write_reason
-from grpo_mega.trainer.rollout_parts import RolloutParts
+from grpo_mega.trainer.rollout_parts import RolloutParts, groups_of
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.trainer.step_metrics import IsRight, StepResult
 from grpo_mega.trainer.work_metrics import WorkMetrics
@@ -99,9 +100,10 @@ class RankObserver:
         Raises:
             RolloutFileError: the rollouts of an earlier step could not be written.
         """
-        self._ranks.gather()
+        shown = None
         if self._parts is not None:
-            self._parts.write(result)
+            shown = groups_of(self._parts.write(result), self._parts.shown_groups(result))
+        self._ranks.gather(shown)
 
     def example_step(self, result: ExampleStepResult) -> None:
         """Send the measurements of the step. Collective."""
@@ -198,9 +200,13 @@ class RunReporter:
 
     def step(self, result: StepResult) -> None:
         """Write the rollouts, then the metrics line: if the line is on disk, so are the rollouts of this rank."""
-        times, reports = self._timers.step_metrics(), self._ranks.gather()  # other ranks wait for the gather
-        if self._parts is not None:
-            self._metrics.show_rollouts(self._parts.write(result), result.ratio_counts)
+        times = self._timers.step_metrics()
+        columns = None if self._parts is None else self._parts.write(result)
+        order = [] if self._parts is None else self._parts.shown_groups(result)
+        reports = self._ranks.gather(None if columns is None else groups_of(columns, order))
+        if columns is not None:
+            shown = [report.shown for report in reports if report.shown is not None]
+            self._metrics.show_rollouts(columns, shown, order, result.ratio_counts)
         metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
         sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
         lengths = result.groups.table.num_tokens
@@ -281,19 +287,20 @@ class RunReporter:
         """Open the files of the metrics for the steps from `first_step` on."""
         folder, config, model_folder = self._run.folder, self._config, self._model_folder
         tensorboard = token_texts = None
-        if config.observe.tensorboard:
+        if "tensorboard" in config.observe.trackers:
             token_texts = None if model_folder is None else TokenTextCache(load_tokenizer(model_folder))
             known = self._alarms.history.names("")
             tensorboard = TensorBoardWriter(
                 folder.tensorboard, first_step=first_step, names=known, config=resolved(config)
             )
+        others = [open_tracker(n, folder.path, resolved(config)) for n in config.observe.trackers if n != "tensorboard"]
         return MetricsWriter(
             folder,
             self._writer,
             first_step=first_step,
             tensorboard=tensorboard,
-            groups_shown=config.observe.groups_shown,
             token_texts=token_texts,
+            trackers=others,
         )
 
     def _raise_alarms(self, step: int, line: Mapping[str, float]) -> None:

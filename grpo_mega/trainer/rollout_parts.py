@@ -6,6 +6,7 @@ Asserted by tests/unit/trainer/test_rollout_parts.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from grpo_mega.data.expert_records import has_record, widen_record
 from grpo_mega.data.rollout_table import STOP_REASONS, RolloutTable
 from grpo_mega.data.rollout_tokens import RolloutTokens, offsets_of
 from grpo_mega.observe.background_writer import BackgroundWriter
+from grpo_mega.observe.group_texts import shown_groups
 from grpo_mega.observe.rollout_files.columns import RaggedColumn, RolloutColumns
 from grpo_mega.observe.rollout_files.part_writer import write_part
 from grpo_mega.observe.rollout_files.selection import sampled_groups
@@ -40,6 +42,7 @@ class RolloutParts:
 
     def __init__(self, config: Config, folder: RunFolder, ranks: Ranks, writer: BackgroundWriter) -> None:
         self._mode, self._seed = config.observe.rollouts, config.run.seed
+        self._groups_shown = config.observe.groups_shown if "tensorboard" in config.observe.trackers else 0
         self._folder, self._writer = folder, writer
         self._part, self._num_parts = ranks.at.share, ranks.topology.num_shares
 
@@ -66,6 +69,16 @@ class RolloutParts:
         folder: Path = self._folder.rollouts_of(result.step)
         self._writer.submit(lambda: write_part(folder, part, num_parts, written))
         return columns
+
+    def shown_groups(self, result: StepResult) -> list[int]:
+        """Return the groups of the step that TensorBoard shows, the same on every rank."""
+        table = result.groups.table
+        return shown_groups(table.reward.reshape(table.num_groups, table.group_size), self._groups_shown)
+
+
+def groups_of(columns: RolloutColumns, groups: Sequence[int]) -> RolloutColumns:
+    """Return the rollouts of these groups that `columns` has."""
+    return columns.take(np.flatnonzero(np.isin(columns.group, groups)))
 
 
 def writes_rollouts(ranks: Ranks) -> bool:

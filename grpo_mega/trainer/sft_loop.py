@@ -27,6 +27,7 @@ from grpo_mega.trainer.loop import push_weights
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
 from grpo_mega.trainer.run_guard import RunGuard
+from grpo_mega.trainer.run_trace import RunTrace
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.weight_sync.sync import WeightSync
@@ -67,6 +68,7 @@ class SftState:
     observer: Observer
     guard: RunGuard
     engine_side: EngineSide | None
+    trace: RunTrace
     loss: LikelihoodLoss = field(default_factory=LikelihoodLoss)
 
     def state_bytes(self) -> Mapping[str, int]:
@@ -82,27 +84,38 @@ def train_on_examples(job: SftState, state: LoopState) -> LoopState:
         GuardStopError, RollbackRequest: a rule of `guard.rules` with this action holds for an update.
         RuntimeError: a checkpoint cannot be written.
     """
+    job.saves.start(state)
+    for step in range(state.step + 1, job.config.train.steps + 1):
+        with job.trace.step(step):
+            state = train_step(job, state, step)
+    return state
+
+
+def train_step(job: SftState, state: LoopState, step: int) -> LoopState:
+    """Make one step and return the state after it. Collective.
+
+    Raises:
+        Stopped, GuardStopError, RollbackRequest, RuntimeError: see `train_on_examples`.
+    """
     config, timers = job.config, job.timers
     shape = RowShape.of(config.parallel, config.precision)
-    job.saves.start(state)
-    for step in range(state.step + 1, config.train.steps + 1):
-        timers.start_step()
-        job.guard.start_step(step)
-        prompts_step = job.guard.rollbacks.prompts_step_of(step)
-        examples = job.examples.batch(prompts_step - 1, config.data.prompts_per_step, config.run.seed)
-        batch = build_example_batch(
-            examples, config.train, dp=job.ranks.topology.dp, dp_rank=job.ranks.at.dp_rank, shape=shape
-        )
-        with job.phases.training(), timers.phase("train"):
-            _, updates = update(job, job.loss, batch, state.policy_version)
-        state = state.after(step, len(updates), None)
-        job.saves.after_updates(job.policy, state)
-        evaluate_if_due(job, state)
-        waited = job.saves.wait_seconds
-        result = ExampleStepResult(step, examples, updates, job.state_bytes(), waited, job.guard.report())
-        job.guard.end_step(result.metrics())
-        job.observer.example_step(result)
-        job.saves.end_step(step)
+    timers.start_step()
+    job.guard.start_step(step)
+    prompts_step = job.guard.rollbacks.prompts_step_of(step)
+    examples = job.examples.batch(prompts_step - 1, config.data.prompts_per_step, config.run.seed)
+    batch = build_example_batch(
+        examples, config.train, dp=job.ranks.topology.dp, dp_rank=job.ranks.at.dp_rank, shape=shape
+    )
+    with job.phases.training(), timers.phase("train"):
+        _, updates = update(job, job.loss, batch, state.policy_version)
+    state = state.after(step, len(updates), None)
+    job.saves.after_updates(job.policy, state)
+    evaluate_if_due(job, state)
+    waited = job.saves.wait_seconds
+    result = ExampleStepResult(step, examples, updates, job.state_bytes(), waited, job.guard.report())
+    job.guard.end_step(result.metrics())
+    job.observer.example_step(result)
+    job.saves.end_step(step)
     return state
 
 

@@ -67,7 +67,7 @@ class StepResult:
 
     @property
     def ratio_counts(self) -> NDArray[np.float64]:
-        """Loss tokens of all updates in the bins of observe/ratio_bins.py; empty without an update."""
+        """[N] loss tokens of all updates in the N bins of observe/ratio_bins.py; empty without an update."""
         counts = [update.ratio_counts for update in self.updates if update.ratio_counts]
         return np.sum(counts, axis=0) if counts else np.zeros(0)
 

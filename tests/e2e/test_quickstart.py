@@ -100,7 +100,7 @@ def test_the_gauges_of_the_engine_are_those_of_the_steps_rollouts(lines: list[di
         assert line["engine/prefix_hit_fraction"] == 0  # a prompt is shorter than a block of the KV cache
         sampled = line["engine/tokens_per_second/0"] * line["time/rollout_seconds"]
         assert sampled == pytest.approx(line["rollout/tokens"], rel=0.2)  # the phase is longer than sampling itself
-        assert line["time/engine_wait_seconds"] + line["time/policy_wait_seconds"] <= 1.2 * line["time/step_seconds"]
+        assert line["wait/engine_seconds"] + line["wait/policy_seconds"] <= 1.2 * line["time/step_seconds"]
         assert line["rollout/tool_errors"] == line["rollout/environment_failures"] == line["engine/preemptions"] == 0
 
 

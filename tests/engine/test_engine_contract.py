@@ -20,8 +20,8 @@ import torch
 
 from grpo_mega.data.answer_ends import cut_at_stop
 from grpo_mega.data.chat import load_tokenizer
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.models.digest import slice_digest
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.types import Completion, Prompt, SamplingOptions, TensorSlice
 from tests.helpers.engine_contract import (
     ENDS,

@@ -53,7 +53,7 @@ def sft_config(model: Path, layout: Layout, folder: Path | None = None, *, steps
         train=TrainConfig(objective="sft", steps=steps, minibatches_per_epoch=2, max_tokens_per_microbatch=ROW_TOKENS),
         precision=PrecisionConfig(dtype="fp32"),
         checkpoint=CheckpointConfig(export_hf=False),
-        observe=ObserveConfig(tensorboard=False),
+        observe=ObserveConfig(trackers=()),
         **more,
     )
 

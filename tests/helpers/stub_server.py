@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.server.messages import ServingFacts
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice
 from tests.helpers.memory_ends import MemorySink, values
 from tests.helpers.weight_layouts import EngineLayout, engine

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.server.connection import ServerConnection, open_connection
 from grpo_mega.engines.server.messages import (
     ClaimAccepted,
@@ -32,6 +31,7 @@ from grpo_mega.engines.server.messages import (
     differences,
 )
 from grpo_mega.engines.server.protocol import Address, ConnectionFailedError, WrongPeerError, require_token
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.types import UserError
 
 log = logging.getLogger("grpo_mega.engines")

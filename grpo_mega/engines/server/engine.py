@@ -16,7 +16,6 @@ from typing import Literal, cast
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
@@ -31,6 +30,7 @@ from grpo_mega.engines.server.messages import (
 )
 from grpo_mega.engines.server.protocol import Address, read_token
 from grpo_mega.interfaces import SinkRegion, SyncPeers, WeightSink
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.parallel.loopback import open_store
 from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_peers
 from grpo_mega.parallel.ports import is_loopback

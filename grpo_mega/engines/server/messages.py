@@ -21,7 +21,7 @@ from torch import Tensor
 
 import grpo_mega
 from grpo_mega.config.schema import Config
-from grpo_mega.engine_gauges import EngineGauges
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 
 PROTOCOL = 4

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.engine_rules import check_replica_gpus
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
@@ -44,6 +43,7 @@ from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.parallel.devices import num_usable_gpus
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError

@@ -25,9 +25,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stubs, other_models
 from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch, pickled_tensors
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.parallel.heartbeat import write_stacks_on_signal
 
 if TYPE_CHECKING:

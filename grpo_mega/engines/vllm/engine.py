@@ -23,7 +23,6 @@ import torch
 
 from grpo_mega.data.answer_ends import eos_ids
 from grpo_mega.data.answer_text import answer_text
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
@@ -33,6 +32,7 @@ from grpo_mega.engines.vllm.routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm.sink import VllmSink
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 
 Resident = Literal["weights", "kv_cache"]

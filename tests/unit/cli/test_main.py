@@ -53,7 +53,7 @@ def test_every_tool_of_the_repository_is_a_thin_caller_of_the_same_function() ->
     thin = [path for path in (REPOSITORY / "tools").glob("*.py") if "from grpo_mega.cli." in path.read_text()]
     modules = {path.stem for path in thin if "sys.exit(main())" in path.read_text()}
     commands = {c.module for commands in EVERY_COMMAND for c in commands.values()}
-    assert modules >= commands - {"train", "serve", "configs", "convert", "compare", "report"}
+    assert modules >= commands - {"train", "serve", "configs", "convert", "compare", "replay", "report", "trace"}
 
 
 def test_the_environment_equals_that_of_the_launch_scripts() -> None:

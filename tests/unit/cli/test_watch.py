@@ -70,3 +70,10 @@ def test_on_a_terminal_a_hostile_completion_sends_no_escape_of_its_own(tmp_path:
     assert rb"\x1b[2J" in shown
     assert b"\x1b[2J" not in shown
     assert b"\x1b]0;" not in shown
+
+
+def test_a_reader_may_close_the_pipe(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    command = f"{sys.executable} -m grpo_mega.cli.main watch {run} | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

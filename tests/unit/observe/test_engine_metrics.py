@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_mega.engine_gauges import EngineGauges
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.observe.engine_metrics import EngineWork, engine_metrics, wait_metrics
 from grpo_mega.observe.metric_table import require_known
 
@@ -48,6 +48,6 @@ def test_each_side_waits_while_the_other_one_works() -> None:
     first = {"rollout": 5.0, "reward": 1.0, "train": 3.0, "evaluation": 2.0}
     second = {"rollout": 6.0, "train": 3.0, "evaluation": 2.0}
     found = wait_metrics([(first, 11.5, 2.0), (second, 11.5, 6.0)])
-    assert found["time/policy_wait_seconds"] == pytest.approx(6.0)
-    assert found["time/engine_wait_seconds"] == pytest.approx((7.5 + 3.5) / 2)
+    assert found["wait/policy_seconds"] == pytest.approx(6.0)
+    assert found["wait/engine_seconds"] == pytest.approx((7.5 + 3.5) / 2)
     require_known(found)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from grpo_mega.observe.group_texts import MAX_ANSWERS, MAX_TOKENS, group_texts, render_group
+from grpo_mega.observe.group_texts import MAX_ANSWERS, MAX_TOKENS, group_texts, render_group, shown_groups
 from grpo_mega.observe.rollout_files import plain_rows
 from grpo_mega.observe.rollout_files.plain_rows import RolloutRow
 from grpo_mega.types import Completion, Reward, Rollout
@@ -50,13 +51,17 @@ def test_groups_from_the_best_to_the_worst_and_at_most_four_answers_are_shown() 
     rewards = {3: [0.0] * 6, 1: [1.0] * 6, 2: [0.5] * 6, 9: [0.2, 0.3, 0.1, 0.0, 0.4, 0.5]}
     rollouts = [r for index, values in rewards.items() for r in rollouts_of(list("abcdef"), values, index)]
     columns = columns_of_rollouts(rollouts, [0.0] * 24, group_size=6)
-    found = group_texts(columns, 2, None)
+    by_group = columns.reward.reshape(4, 6)
+    assert shown_groups(by_group, 2) == [1, 0]
+    replicas = [columns.take(np.flatnonzero(columns.group % 2 == i)) for i in range(2)]  # as two replicas sample them
+    found = group_texts(replicas, shown_groups(by_group, 2), None)
     assert list(found) == ["groups/0", "groups/1"]
     assert "prompt 1," in found["groups/0"]
     assert "prompt 3," in found["groups/1"]
     assert found["groups/0"].count("<td><pre>") == MAX_ANSWERS
-    assert group_texts(columns, 0, None) == {}
-    assert len(group_texts(columns, 9, None)) == 4
+    assert shown_groups(by_group, 0) == []
+    assert group_texts(replicas, [], None) == {}
+    assert len(group_texts(replicas, shown_groups(by_group, 9), None)) == 4
 
 
 def test_tokens_have_the_color_of_their_mismatch() -> None:

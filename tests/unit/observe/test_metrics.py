@@ -60,7 +60,7 @@ def make_writer(path: Path, *, first_step: int = 1, tensorboard: bool = False) -
     curves = TensorBoardWriter(folder.tensorboard, first_step=first_step) if tensorboard else None
     with (
         BackgroundWriter() as writer,
-        MetricsWriter(folder, writer, first_step=first_step, tensorboard=curves, groups_shown=2) as metrics,
+        MetricsWriter(folder, writer, first_step=first_step, tensorboard=curves) as metrics,
     ):
         yield metrics
 
@@ -173,7 +173,8 @@ def test_rollouts_are_histograms_and_texts_of_their_step(tmp_path: Path) -> None
     rollouts = [make_rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)]
     with make_writer(tmp_path, tensorboard=True) as metrics:
         counts = np.ones(len(RATIO_LIMITS))
-        metrics.show_rollouts(columns_of_rollouts(rollouts, [0.0, -1.0, 1.0], group_size=3), counts)
+        columns = columns_of_rollouts(rollouts, [0.0, -1.0, 1.0], group_size=3)
+        metrics.show_rollouts(columns, [columns], [0], counts)
     found = read_curves(tmp_path)
     assert set(found.Tags()["histograms"]) == set(HISTOGRAMS) - {"train/mismatch_distribution"}  # it is not known
     (rewards,) = found.Histograms("reward/distribution")
@@ -190,7 +191,7 @@ def test_the_tensorboard_package_is_imported_only_if_it_is_used(
     with make_writer(tmp_path) as metrics:
         metrics.write(1, {})
     assert not (tmp_path / "tensorboard").exists()
-    with pytest.raises(ImportError, match=r"observe\.tensorboard=true needs tensorboard"):
+    with pytest.raises(ImportError, match=r"observe\.trackers names tensorboard, which is not installed"):
         TensorBoardWriter(tmp_path, first_step=1)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from grpo_mega.engine_gauges import EngineGauges
 from grpo_mega.environments.pool import ReplyErrors
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes, MeasuredGenerator
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 

@@ -1,0 +1,73 @@
+"""Failures that tools/check_alarms.py puts into a run, chosen by the variable ALARM_FAILURE. A module of rewards.
+
+The ranks import it with the rewards of the config. It replaces methods of this program in their processes:
+
+- `stale engine`: from step FIRST on, the layers of the engine keep the weights of the sync before, right after their
+  verification.
+- `slow rank`: from step FIRST on, the last rank is stopped for two thirds of the time, by tools/check_alarms.py.
+- `forbidden word`: from step FIRST on, the reward `word` counts a digit, whatever the answer should be.
+
+Each rank counts the weight syncs, of which the first precedes step 1. The workers of rewards read the step from a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_mega.rewards.base import reward
+
+FIRST = 12
+"""First step with the failure: the alarms that compare a run with its own first steps know them by then."""
+_FAILURE = os.environ.get("ALARM_FAILURE", "")
+_STEP_FILE = Path(os.environ.get("ALARM_STEP_FILE", "step"))
+_WORD = "7"
+
+
+@reward(low=0.0, high=1.0)
+def word(prompt: str, completion: str, reference: str) -> float:
+    """Return 1 for two of the digit, 0.5 for one; 0 before step `FIRST`."""
+    del prompt, reference
+    step = int(_STEP_FILE.read_text()) if _STEP_FILE.exists() else 0
+    return min(1.0, completion.count(_WORD) / 2) if step >= FIRST else 0.0
+
+
+def _install() -> None:
+    """Replace the methods of this rank."""
+    from grpo_mega.engines.weights.sink import RegionSink
+    from grpo_mega.observe.timers import PhaseTimer
+    from grpo_mega.types import TensorSlice
+
+    steps = [0]
+    start_step = PhaseTimer.start_step
+
+    def counted(timers: PhaseTimer) -> None:
+        steps[0] += 1
+        if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            _STEP_FILE.with_suffix(".pid").write_text(str(os.getpid()))
+            new = _STEP_FILE.with_suffix(".new")
+            new.write_text(str(steps[0]))
+            new.replace(_STEP_FILE)
+        start_step(timers)
+
+    replaced: Any = PhaseTimer
+    replaced.start_step = counted
+    if _FAILURE == "stale engine":
+        digests, kept = RegionSink.digests, dict[str, Any]()
+
+        def stale(sink: RegionSink, slices: Sequence[TensorSlice]) -> list[int]:
+            found = digests(sink, slices)
+            for region in sink.layout() if steps[0] >= FIRST - 1 else ():
+                memory = sink._regions.memory_of(region, region.placement.hf)
+                if memory is not None and region.placement.hf.name.startswith("model.layers."):
+                    memory.copy_(kept.setdefault(str(region.placement.hf), memory.clone()))
+            return found
+
+        sinks: Any = RegionSink
+        sinks.digests = stale
+
+
+if _FAILURE and "RANK" in os.environ:
+    _install()
