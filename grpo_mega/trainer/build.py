@@ -118,8 +118,7 @@ def building(
         held_out: prompts of the evaluation; None: no evaluation.
         stops: stop requests of this process.
 
-    Raises:
-        UserError, RuntimeError: see `MegatronPolicy`, `make_engine` and `make_sync`.
+    Raises the errors of `MegatronPolicy`, `make_engine` and `make_sync`.
     """
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
