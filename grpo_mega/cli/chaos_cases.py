@@ -44,6 +44,9 @@ SCENARIOS = (
     Scenario("DP2 vLLM", 2, (), _OF_VLLM),
     Scenario("TP2 vLLM", 2, ("parallel.tp=2", "engine.tp=2"), _OF_VLLM),
     Scenario("DP2 vLLM server", 2, ("engine.placement=server",), ("rank", "launcher", "server")),
+    Scenario(
+        "DP2 vLLM partial", 2, ("sampling.partial={oversubmit: 1.5, slice_tokens: 1, max_staleness: 8}",), _OF_VLLM
+    ),
     Scenario("TP2 PP2 vLLM", 4, ("parallel.tp=2", "parallel.pp=2", "engine.tp=2"), _OF_VLLM),
     Scenario("TP2 SGLang", 2, ("parallel.tp=2", "engine.kind=sglang", "engine.tp=2"), (*_OF_VLLM, "engine process")),
 )

@@ -9,9 +9,8 @@ from pydantic import BeforeValidator, Field
 from grpo_mega.config.sampling_options import token_ids
 from grpo_mega.config.section import Section
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
-"""vLLM samples with 0.01 in place of a lower temperature, and then differs from the policy. Above 100 the samples are
-almost uniform."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""vLLM samples with 0.01 in place of a lower temperature, and then differs from the policy; it rejects more than 2."""
 
 
 class EngineConfig(Section):
