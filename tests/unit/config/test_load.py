@@ -51,7 +51,9 @@ def test_each_config_of_the_repository_loads_and_survives_its_resolved_form(path
 
 def test_resolved_form_holds_every_default(minimal_config: Path) -> None:
     values = resolved(load_config(minimal_config))
-    assert values["sampling"] == {"group_size": 8, "temperature": 1.0, "max_tokens": 256, "prompts_per_wave": None}
+    assert values["sampling"] == {
+        "group_size": 8, "temperature": 1.0, "max_tokens": 256, "prompts_per_wave": None, "partial": None,
+    }  # fmt: skip
     assert values["reward"]["terms"] == [{"name": "exact", "weight": 1.0, "args": {}, "datasets": None}]
     assert values["model"]["base"]["architecture"]["head_dim"] == 32
 
