@@ -19,6 +19,7 @@ from grpo_mega.cli import main as cli
 from grpo_mega.config.algorithm_parts import bound_part
 from grpo_mega.config.load import load_config
 from grpo_mega.config.shipped import find_config
+from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.train import Prepared, prepare
 from tests.engine import test_engine_contract as contract
 from tests.helpers.engine_contract import make_contract_models
@@ -144,9 +145,12 @@ def test_the_engine_passes_the_contract(
         engine.call(contract.generate, contract.PROMPTS, contract.SAMPLING)
     available = {"engine": engine, "models": models, "temperature": 0.7}
     for test in contract_tests():
+        if test is contract.test_gauges_describe_the_requests_since_the_last_call:
+            continue  # this engine measures nothing, and says so
         engine.call(contract.push, models["qwen3"], 0)
         test(**{name: available[name] for name in inspect.signature(test).parameters})
     assert len(contract_tests()) >= 10
+    assert engine.call(lambda session: session.engine.take_gauges())[0] == EngineGauges()
 
 
 def test_every_guide_is_listed_and_every_python_block_has_a_name() -> None:
