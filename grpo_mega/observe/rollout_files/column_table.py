@@ -88,7 +88,7 @@ COLUMNS: tuple[RolloutColumn, ...] = (
     ),
     RolloutColumn(
         "mismatch",
-        pa.list_(pa.float16()),
+        _LOG_PROBS,
         "log-prob of each completion token from the policy before the update minus the one from the engine, nats, "
         f"rounded to {MISMATCH_BITS + 1} significant bits: a relative error of at most 1/{2 ** (MISMATCH_BITS + 1)}, "
         "or an absolute one of 3e-8; null where not computed (`algorithm.old_log_probs=sampler`)",
@@ -182,4 +182,4 @@ def _type_name(of_type: pa.DataType) -> str:
         return f"list<{_type_name(of_type.value_type)}>"
     if pa.types.is_struct(of_type):
         return f"struct<{', '.join(f'{field.name}: {_type_name(field.type)}' for field in of_type)}>"
-    return {"halffloat": "float16", "float": "float32", "double": "float64"}.get(str(of_type), str(of_type))
+    return {"float": "float32", "double": "float64"}.get(str(of_type), str(of_type))

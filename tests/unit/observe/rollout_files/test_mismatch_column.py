@@ -17,7 +17,7 @@ SAMPLED = [-0.5, -0.25, -0.125]
 
 
 def as_floats(values: list[float]) -> list[float]:
-    found: list[float] = rounded(np.array(values, np.float32)).to_numpy(zero_copy_only=False).astype(float).tolist()
+    found: list[float] = rounded(np.array(values, np.float32)).astype(float).tolist()
     return found
 
 
