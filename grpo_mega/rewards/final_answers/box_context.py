@@ -110,6 +110,12 @@ _OPERAND_BEHIND = re.compile(
     re.IGNORECASE,
 )
 _CONGRUENCE = re.compile(r"\\(?:equiv|cong)\b")
+_REFUTED_EARLIER = re.compile(
+    r"\b(?:that|it)(?:'s|\u2019s|\s+(?:is|was))\s+(?:wrong|incorrect|false|a mistake|an error)\s*:"
+    r"|\A[\s$]*\((?:this is |that is )?(?:wrong|incorrect)\)",
+    re.IGNORECASE,
+)
+_EXCLAMATION = re.compile(r"[!?]+\s+\Z")  # of a sentence in words; of a formula it would be a factorial
 
 
 class BoxedAnswer(NamedTuple):
@@ -265,6 +271,8 @@ def _words_change(text: str, previous_end: int, around: _Surroundings, content: 
     value = Fraction(content) if _DIGITS.fullmatch(content) else None
     is_whole_before = not around.is_formula or not _SPACE_BEFORE.sub("", around.before)
     before = _ANY_TAG.sub(" ", text[max(previous_end, around.start - _WINDOW) : around.start])
+    if previous_end:
+        before = _REFUTED_EARLIER.sub(".", before)  # \boxed{4}. No, that is wrong: \boxed{5}
     if is_whole_before and text_before_changes(before, value, strict=False):
         return True
     is_whole_behind = not around.is_formula or not around.behind.strip(" .,")
@@ -289,7 +297,7 @@ def _formula_start(text: str, position: int) -> int | None:
 
 def _is_separate(before: str) -> bool:
     """Return True when layout, or a letter or bracket with white space behind it, is before a box in plain text."""
-    if _LAYOUT.fullmatch(before) is not None:
+    if _LAYOUT.fullmatch(before) is not None or _EXCLAMATION.match(before) is not None:
         return True
     return _SEPARATED.search(before) is not None and _COMMAND_BEFORE.search(before) is None
 

@@ -25,7 +25,7 @@ _HEDGE_BEFORE_STATEMENT = re.compile(
 RETRACTION = re.compile(
     r"\b(?:no\b(?=\s*[,.:!;])|wait|actually|correction|corrected|(?<!\bno )(?<!without )mistake|an error|oops|sorry"
     r"|was wrong|is wrong"
-    r"|is incorrect|was incorrect|not correct|not right|(?:wrong|incorrect)(?=\s*[,.:!;])|recheck|re-check"
+    r"|is incorrect|was incorrect|not correct|not right|(?:wrong|incorrect)(?=\s*[,.:!;)])|recheck|re-check"
     r"|on second thought|scratch that|let me redo)",
     re.IGNORECASE,
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from grpo_mega.rewards.math_answers.answers import MathAnswer, is_word_of_capitals
 from grpo_mega.rewards.math_answers.brackets import split_at_top
-from grpo_mega.rewards.math_answers.exact import fraction_value
+from grpo_mega.rewards.math_answers.exact import depends_on, fraction_value
 from grpo_mega.rewards.math_answers.expressions import Expression, UnreadableError, parse_expression
 from grpo_mega.rewards.math_answers.interval_sets import (
     are_equal_regions,
@@ -236,9 +236,10 @@ def _as_relation(answer: MathAnswer) -> tuple[tuple[str, ...], tuple[Expression,
         return operators, sides
     if answer.kind == "scalar" and answer.label:
         try:
-            return ("=",), (parse_expression(answer.label), answer.parts[0])
+            name = parse_expression(answer.label)
         except UnreadableError:
             return None
+        return (("=",), (name, answer.parts[0])) if depends_on(name) else None  # f(2) = 5 is no equation
     return None
 
 

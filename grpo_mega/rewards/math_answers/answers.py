@@ -15,20 +15,12 @@ from typing import Any, NamedTuple
 
 from grpo_mega.rewards.math_answers.brackets import check_brackets, matching_bracket, split_at_top, without_group
 from grpo_mega.rewards.math_answers.expressions import Expression, UnreadableError, parse_expression, read_number
+from grpo_mega.rewards.math_answers.quantity_names import is_label, is_quantity
 from grpo_mega.rewards.math_answers.tokens import Token
 from grpo_mega.rewards.math_answers.units import SCALES, Unit, read_unit
-from grpo_mega.rewards.math_answers.vocabulary import split_words
 
 _RELATIONS = frozenset(("=", "~=", "<", ">", "<=", ">=", "!=", "in"))
 _CURRENCIES = ("dollar", "euro", "pound", "yen")
-_LABEL_MARKS = frozenset(("'", "_", "{", "}", "^", "-", "(", ")", ","))
-_CONSTANTS = frozenset(("e", "i", "pi", "oo", "empty"))
-_NOT_LABELS = frozenset(
-    split_words(
-        "not no or and either maybe if suppose assume let unless when false that perhaps possibly never option "
-        "consider given for try choose take case say like possible likely unlikely"
-    )
-)
 _ANGLE_FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 _LOGIC = {Token("mark", "lor"): Token("word", "or"), Token("mark", "land"): Token("word", "and")}
 _MAX_DEPTH = 12
@@ -123,9 +115,10 @@ def _parse_item(tokens: Sequence[Token], depth: int) -> MathAnswer:
     sides, operators = [part for part, _ in pieces], [mark for _, mark in pieces[:-1]]
     if not operators:
         return _parse_value(tokens, depth)
-    if not all(sides) and not (operators[0] == "~=" and all(sides[1:])):
+    may_begin = operators[0] == "~=" or operators == ["="]
+    if not all(sides) and not (may_begin and all(sides[1:])):
         raise UnreadableError
-    if operators == ["~="] and not sides[0]:
+    if len(operators) == 1 and not sides[0]:  # = 5
         return _parse_value(sides[1], depth)
     if operators == ["in"] and is_label(sides[0]):
         return _parse_value(sides[1], depth)._replace(label=tuple(sides[0]))
@@ -136,13 +129,13 @@ def _parse_item(tokens: Sequence[Token], depth: int) -> MathAnswer:
 
 def _parse_equation(sides: list[list[Token]], operators: list[str], depth: int) -> MathAnswer:
     num_labels = 0
-    while num_labels < len(sides) - 1 and is_label(sides[num_labels]):  # AB = CD = 5
+    while num_labels < len(sides) - 1 and is_quantity(sides[num_labels]):  # AB = CD = 5
         num_labels += 1
     if num_labels:
         rest = sides[num_labels:]
         value = _parse_value(rest[0], depth) if len(rest) == 1 else _parse_chain(rest, operators[num_labels:], depth)
         return value._replace(label=tuple(sides[0]))
-    if len(sides) == 2 and is_label(sides[1]):
+    if len(sides) == 2 and is_quantity(sides[1]):
         return _parse_value(sides[0], depth)._replace(label=tuple(sides[1]))
     return _parse_chain(sides, operators, depth)
 
@@ -154,37 +147,6 @@ def _parse_chain(sides: list[list[Token]], operators: list[str], depth: int) -> 
 def is_word_of_capitals(tokens: Sequence[Token]) -> bool:
     """Return True for two or more capital letters without a sign between them: points, outcomes or a product."""
     return len(tokens) > 1 and all(kind == "symbol" and len(text) == 1 and text.isupper() for kind, text in tokens)
-
-
-def is_label(tokens: Sequence[Token]) -> bool:
-    r"""Return True for the name of a quantity: `x`, `f^{-1}(x)`, `AB`, `\mathbf{u}_2`, `(x, y)`, `\text{Area}`.
-
-    `xy` and `x^2` are expressions and no names.
-    """
-    if len(tokens) > 2 and tokens[0] == tokens[-1] == Token("mark", "|"):  # the length |AB|
-        return all(kind == "symbol" and text.isupper() for kind, text in tokens[1:-1])
-    if not 0 < len(tokens) <= 20 or all(token.text in _CONSTANTS for token in tokens):
-        return False
-    texts = [token.text for token in tokens]
-    for position, (kind, text) in enumerate(tokens):
-        previous = texts[position - 1] if position else ""
-        if kind == "number" and previous not in ("_", "{", "-"):
-            return False
-        if kind == "mark" and text in ("^", "-") and texts[position : position + 5] != ["^", "{", "-", "1", "}"]:
-            if text == "^" or texts[position - 2 : position] != ["^", "{"]:
-                return False
-        elif kind == "mark" and text not in _LABEL_MARKS:
-            return False
-        if kind == "function" or (kind == "unknown" and text not in ("\\angle", "\\triangle", "\\overrightarrow")):
-            return False
-        if kind == "word" and text.casefold() in _NOT_LABELS:
-            return False
-    kind, text = tokens[0]
-    if "^" in texts and not (text in ("f", "g", "h") or text.isupper()):
-        return False
-    if len(tokens) > 1 and all(token.kind == "symbol" for token in tokens) and not "".join(texts).isupper():
-        return False
-    return kind in ("symbol", "upright", "word", "unknown") or (text == "(" and Token("mark", ",") in tokens)
 
 
 def _parse_value(tokens: Sequence[Token], depth: int) -> MathAnswer:
@@ -271,7 +233,7 @@ def _parse_matrix(tokens: Sequence[Token]) -> MathAnswer:
     if before and after and before[-1].text in brackets:
         kind = before.pop().text
         after.pop(0)
-    elif name in ("pmatrix", "bmatrix", "vmatrix", "Vmatrix", "matrix"):
+    elif name in ("pmatrix", "bmatrix", "vmatrix", "Vmatrix", "matrix", "smallmatrix"):
         kind = {"vmatrix": "|", "Vmatrix": "norm"}.get(name, "[")
     else:
         raise UnreadableError

@@ -89,7 +89,8 @@ def _intervals(answer: MathAnswer) -> list[Interval] | None:
         return [_ALL]
     if answer.kind == "union":
         return _united([_intervals(part) for part in answer.parts])
-    if answer.kind == "list" and answer.separator == "or" and all(item.kind == "relation" for item in answer.parts[0]):
+    is_choice = answer.kind == "list" and answer.separator == "or"
+    if is_choice and len({item.kind for item in answer.parts[0]} | {"relation", "bracket"}) == 2:
         intervals = _united([_intervals(item) for item in answer.parts[0]])
         merged = None if intervals is None or len(intervals) > _MAX_INTERVALS else _merged(intervals)
         return merged if merged is not None and intervals is not None and len(merged) == len(intervals) else None

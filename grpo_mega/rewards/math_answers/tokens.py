@@ -46,7 +46,8 @@ _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|°|\\degree
 _DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NULL_DELIMITER = re.compile(r"\\(?:left|right)\s*\.")
 _SIZES = re.compile(
-    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|rm|bf|it)(?![A-Za-z])"
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|rm|bf|it|large|Large|LARGE"
+    r"|huge|Huge|normalsize|small)(?![A-Za-z])"
 )
 _GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\{,\}|\\,|\\!|,\\!\s?|\\ |\\;|~|[\u2009\u202f\u00a0])\d{3})+)(?!\d)")
 _SPACED = re.compile(r"(?<![\d.,])(?<!\d )([1-9]\d{0,2})((?: \d{3})+)(?! ?\d)")
@@ -55,6 +56,7 @@ _REPEATING = re.compile(r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\d)")
 _INFIX = re.compile(r"\{([^{}]*)\\(over|choose|atop)(?![A-Za-z])([^{}]*)\}")
 _BASES = dict(zip(split_words("two three four five six seven eight nine ten"), range(2, 11), strict=True))
 _BASE_IN_WORDS = re.compile(rf"(?<=\d)_\{{\s*\\(?:text|mathrm)\s*\{{\s*({'|'.join(_BASES)})\s*\}}\s*\}}")
+_ROW_END = re.compile(r"\\\\(?:\*?\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in|mu)\s*\])?")  # `\\[2pt]`
 _COLON = re.compile(r"\{\s*:\s*\}")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?!\d)|\d{1,2}/\d{1,2}/\d{4}(?!\d)")
 _TIME_OF_DAY = re.compile(r"\b([AaPp])\.\s?([Mm])(?:\.|\b)")
@@ -81,7 +83,7 @@ def normalize_text(text: str) -> str:
     if "\\" in text or "$" in text:
         text = _BASE_IN_WORDS.sub(lambda match: f"_{{{_BASES[match[1]]}}}", text)
         text = _NULL_DELIMITER.sub(r" \\nulldelimiter ", text)
-        text = _SIZES.sub(" ", _DELIMITERS.sub(" ", text.replace("\\\\", "\\row ")))
+        text = _SIZES.sub(" ", _DELIMITERS.sub(" ", _ROW_END.sub(r"\\row ", text)))
         text = _REPEATING.sub(r"\1(\2)_", text)
         if "\\over" in text or "\\choose" in text:
             text = _INFIX.sub(_prefix_form, text)

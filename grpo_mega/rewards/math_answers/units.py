@@ -120,7 +120,7 @@ def read_unit(tokens: Sequence[Token]) -> Unit | None:
             powers[last] += (1 if powers[last] > 0 else -1) * (exponent - 1)
             last = None
         elif (kind == "mark" and text == "/") or (kind == "word" and lower == "per"):
-            if sign < 0 or (last is None and kind == "mark" and num_words):
+            if sign < 0 or position == len(tokens):
                 return None
             sign = -1
         elif kind == "mark" and text in ("*", ".", "-"):
@@ -129,6 +129,8 @@ def read_unit(tokens: Sequence[Token]) -> Unit | None:
             next_power = 2 if lower.startswith("sq") else 3
         elif kind == "word" and lower in ("squared", "cubed") and last is not None:
             powers[last] *= 2 if lower == "squared" else 3
+        elif kind == "symbol" and text in ("C", "F") and last == "degree" and position == len(tokens):
+            powers = {**powers, text: powers.get(text, 0) + 1}
         elif (kind in ("word", "upright") and _may_be_unit(text)) or text in ("degree", "percent"):
             num_words += 1
             for name, power in _COMPOUND.get(lower, ((_canonical_name(text), 1),)):

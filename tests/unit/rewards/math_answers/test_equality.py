@@ -33,8 +33,11 @@ KNOWN_FALSE_NEGATIVES = [
     (r"\boxed{x \equiv 3 \pmod{7}}", r"3 \pmod 7"),
     (r"\boxed{\frac{1}{\sqrt6}}", r"\frac{NO}{BO}=\frac{1}{\sqrt{6}}"),
     (r"\boxed{\mathbf{x}}", "x"),
-    ("So $f(3) = 7$.", "7"),
     (r"\boxed{4}!", "4"),
+    (r"\boxed{(2+3)4}", "20"),
+    (r"\boxed{C(10,3)}", r"\binom{10}{3}"),
+    (r"\boxed{36\ \Omega}", r"36 \text{ ohms}"),
+    (r"\boxed{xy = 6}", r"y=\frac{6}{x}"),
     (r"\boxed{0.5} or equivalently \frac{1}{2}", "0.5"),
     (r"The answer is $\boxed{\text{A}}$ (4 apples).", "A"),
 ]
