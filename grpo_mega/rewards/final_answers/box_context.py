@@ -115,7 +115,12 @@ _REFUTED_EARLIER = re.compile(
     r"|\A[\s$]*\((?:this is |that is )?(?:wrong|incorrect)\)",
     re.IGNORECASE,
 )
-_EXCLAMATION = re.compile(r"[!?]+\s+\Z")  # of a sentence in words; of a formula it would be a factorial
+_EXCLAMATION = re.compile(r"[A-Za-z]{2}[!?]+\s+\Z")  # behind a word; behind a formula it is a factorial
+_DENIAL = re.compile(
+    r"(?:\b(?:not|never|no|nope|wrong|incorrect|false|could|might|maybe|perhaps|possibly|twice|half)\b|n't\b)"
+    r"[^.!?\n]{0,40}[!?]+\s+\Z",
+    re.IGNORECASE,
+)
 
 
 class BoxedAnswer(NamedTuple):
@@ -198,7 +203,11 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
     answer = answer._replace(label=label[1] if label is not None else "")
     trimmed = _SPACE_BEFORE.sub("", before)
     is_complete = _COMPLETE_BEFORE.search(trimmed) is not None or _COMPLETE_BEFORE.search(before) is not None
-    has_left = not is_complete and not (not is_formula and _is_separate(before))
+    if not is_formula and not is_complete:
+        follows_word = _EXCLAMATION.search(window) is not None
+        is_denied = not previous_end and _DENIAL.search(window) is not None  # after a box, it is that box
+        is_complete = (follows_word and not is_denied) or _is_separate(before)
+    has_left = not is_complete
     is_other_root = label is not None and _UNION_BEFORE.search(before[: label.start() + 1]) is not None
     has_left = has_left or is_other_root  # x = 3 \lor x = \boxed{4}
     if _MODULUS.match(behind) is not None and not has_left:
@@ -297,7 +306,7 @@ def _formula_start(text: str, position: int) -> int | None:
 
 def _is_separate(before: str) -> bool:
     """Return True when layout, or a letter or bracket with white space behind it, is before a box in plain text."""
-    if _LAYOUT.fullmatch(before) is not None or _EXCLAMATION.match(before) is not None:
+    if _LAYOUT.fullmatch(before) is not None:
         return True
     return _SEPARATED.search(before) is not None and _COMMAND_BEFORE.search(before) is None
 
