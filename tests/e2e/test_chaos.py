@@ -31,10 +31,10 @@ def disturb(output: Path, *arguments: str, seconds: float) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-def test_two_disturbed_runs_end_as_the_undisturbed_run(tmp_path: Path) -> None:
-    lines = disturb(tmp_path / "table", "--number", "2", "--seed", "3", "--only", "TP2 vLLM", seconds=550)
-    assert lines[-1] == "2 of 2 ended as the undisturbed run and left nothing behind"
-    assert "complete before the signal" not in "".join(lines)  # both were disturbed
+def test_a_disturbed_run_ends_as_the_undisturbed_run(tmp_path: Path) -> None:
+    lines = disturb(tmp_path / "table", "--number", "1", "--seed", "3", "--only", "TP2 vLLM", seconds=550)
+    assert lines[-1] == "1 of 1 ended as the undisturbed run and left nothing behind"
+    assert "complete before the signal" not in "".join(lines)  # it was disturbed
 
 
 @pytest.mark.long

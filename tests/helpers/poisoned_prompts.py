@@ -22,11 +22,9 @@ _run_schedule = MegatronLearner._run_schedule
 _is_poisoned = [False]
 
 
-def _sample_and_note(
-    source: GroupSource, step: int, prompts_step: int | None = None, attempt: int = 0
-) -> SampledGroups:
+def _sample_and_note(source: GroupSource, step: int, prompts_step: int | None = None, *arguments: Any) -> SampledGroups:
     _is_poisoned[0] = (prompts_step or step) == int(os.environ["POISONED_STEP"])
-    return _sample(source, step, prompts_step, attempt)
+    return _sample(source, step, prompts_step, *arguments)
 
 
 def _run_and_poison(learner: MegatronLearner, *arguments: Any, forward_only: bool) -> list[Any]:
