@@ -141,7 +141,7 @@ def test_rollout_rows_match_the_metrics(quickstart: Run, lines: list[dict[str, A
             for row in rows
             for old, sampled in zip(row["old_log_probs"], row["sampler_log_probs"], strict=True)
         )
-        assert line["train/mismatch_max"] == pytest.approx(worst)
+        assert line["train/mismatch_max"] == pytest.approx(worst, rel=0.05)  # files have it with five bits
         seen |= {row["prompt"] for row in rows}
     held_out = {question(pair) for pair in pairs("heldout")}
     assert seen.isdisjoint(held_out)

@@ -89,10 +89,12 @@ def test_every_path_that_a_guide_names_exists() -> None:
 def training_commands() -> list[str]:
     """Return the commands that need nothing that an earlier command of their guide has written.
 
-    tests/e2e/test_first_own_run.py and tests/e2e/test_guides.py run the others.
+    tests/e2e/test_first_own_run.py and tests/e2e/test_guides.py run the others. A command with `observe.trackers` needs
+    their libraries (tests/unit/docs/test_watching_guide.py, tests/e2e/test_trackers_long.py).
     """
     commands = [command for command in script_commands() if shlex.split(command)[0] == "launch/train.sh"]
-    return [command for command in commands if "own_run.yaml" not in command and "model.checkpoint=" not in command]
+    others = ("own_run.yaml", "model.checkpoint=", "observe.trackers=")
+    return [command for command in commands if not any(other in command for other in others)]
 
 
 @pytest.mark.parametrize("command", training_commands())
