@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,34 +21,14 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.batch import TrainBatch, build_batch, explain_batch, shuffled_rewards
 from grpo_mega.trainer.objective import Credit, Objective
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
-from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
+from grpo_mega.types import Microbatch
+from tests.helpers.random_groups import GROUP, random_groups
 from tests.helpers.recorded_rollouts import RolloutGroups
 from tests.helpers.thread_ranks import on_ranks
 from tests.helpers.token_values import token_values
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-GROUP = 4
 OBJECTIVE = Objective(AlgorithmConfig(), max_tokens=64)
-
-
-def random_groups(num_groups: int, seed: int = 0) -> tuple[RolloutGroups, list[float]]:
-    """Return rollouts in which the completion of rollout i has the tokens from 100 i on, of 2 to 40 tokens."""
-    rng = random.Random(seed)
-    rollouts = []
-    for i in range(num_groups * GROUP):
-        length, completion = rng.randrange(1, 9), rng.randrange(1, 33)
-        if i % GROUP == 0:
-            prompt = Prompt(i // GROUP, "", tuple(range(length)), "")
-        ids = range(100 * i, 100 * i + completion)
-        rollouts.append(
-            Rollout(
-                prompt,
-                Completion(tuple(ids), tuple(-0.001 * t for t in ids), "eos", 0, ""),
-                Reward(rng.random()),
-                replica=0,
-            )
-        )
-    return RolloutGroups(rollouts, GROUP), [r.reward.value for r in rollouts]
 
 
 def build_batches(

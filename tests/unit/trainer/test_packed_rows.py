@@ -14,9 +14,9 @@ from grpo_mega.trainer import packed_rows
 from grpo_mega.trainer.batch import build_batch
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.packed_rows import PackedRows
+from tests.helpers.random_groups import random_groups
 from tests.helpers.recorded_rollouts import RolloutGroups
 from tests.helpers.thread_ranks import one_rank
-from tests.unit.trainer.test_batch import random_groups
 
 
 def rows_of(groups: RolloutGroups, rewards: list[float]) -> PackedRows:
