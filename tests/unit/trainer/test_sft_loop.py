@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -17,15 +18,17 @@ from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.config.guard_section import GuardConfig
 from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.config.rollout_sections import EvaluationConfig
-from grpo_mega.config.schema import CheckpointConfig, RunConfig, TrainConfig
+from grpo_mega.config.schema import CheckpointConfig, ObserveConfig, RunConfig, TrainConfig
 from grpo_mega.data.example_dataset import Example, ExampleDataset, ExampleSet
 from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.metric_table import require_known
+from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.run_guard import RunGuard
+from grpo_mega.trainer.run_trace import RunTrace
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_loop import SftState, train_on_examples
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
@@ -106,6 +109,7 @@ def job_of(recorder: Recorder, *, with_engine: bool = True) -> SftState:
         one,
         RunGuard(GuardConfig(), ranks),
         one if with_engine else None,
+        RunTrace(ObserveConfig(), RunFolder(Path("unused")), ranks, ExitStack()),  # records nothing
     )
 
 
