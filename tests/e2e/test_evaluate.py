@@ -33,6 +33,7 @@ def test_a_run_folder_gives_the_numbers_of_the_runs_last_evaluation(quickstart: 
     assert "not the same evaluation" not in errors
 
 
+@pytest.mark.long  # the test above, and test_first_own_run.py, have one replica
 def test_a_run_with_replicas_and_a_seed_gives_its_own_numbers_from_any_folder(tmp_path: Path) -> None:
     """The seeds of the samples depend on the run's seed and on the number of its engine replicas."""
     evaluation = (

@@ -126,7 +126,13 @@ def launch_scripts() -> list[str]:
     return sorted(name for name in there if name != "launch/env.sh")  # this file is sourced
 
 
-@pytest.mark.parametrize("script", launch_scripts())
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name.endswith(".py") else [])  # each imports torch
+        for name in launch_scripts()
+    ],
+)
 def test_every_script_that_a_guide_names_prints_its_help(script: str) -> None:
     command = [sys.executable, script] if script.endswith(".py") else [script]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
