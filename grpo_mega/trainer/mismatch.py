@@ -49,7 +49,8 @@ class Differences:
         Raises:
             ValueError: a rollout has another number of old log-probs than of loss tokens.
         """
-        known = tokens.select(np.isin(tokens.ids, old_log_probs.ids))
+        is_known = np.isin(tokens.ids, old_log_probs.ids)
+        known = tokens if is_known.all() else tokens.select(is_known)
         sampled = known.on_loss_tokens(known.sampler_log_probs)
         if not np.array_equal(sampled.ids, old_log_probs.ids) or not np.array_equal(
             sampled.offsets, old_log_probs.offsets
@@ -59,8 +60,8 @@ class Differences:
                 f"{len(sampled.values)} loss tokens of {len(sampled.ids)} of them"
             )
         old = old_log_probs.values
-        if policy_version is not None:
-            is_present = known.policy_versions == policy_version
+        is_present = known.loss_mask if policy_version is None else known.policy_versions == policy_version
+        if not is_present[known.loss_mask].all():
             old = old[is_present[known.loss_mask]]
             known = replace(known, loss_mask=known.loss_mask & is_present)
             sampled = known.on_loss_tokens(known.sampler_log_probs)

@@ -7,6 +7,7 @@ Asserted by tests/unit/trainer/test_text_metrics.py.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _STARTS = np.array([start for start, _ in _RANGES])
 _SCRIPTS = np.array([script for _, script in _RANGES])
 _SCRIPT_OF = np.repeat(_SCRIPTS, np.diff(_STARTS, append=_STARTS[-1] + 1)).astype(np.uint8)
 """Script of each code point; code points beyond the end have the script of the last."""
+_ASCII_LETTERS = string.ascii_letters.encode()
 
 
 def repetition_sums(token_ids: Ints, offsets: Ints, n: int = NGRAM) -> NDArray[np.float64]:
@@ -81,6 +83,10 @@ def _script_counts(texts: Sequence[str], num_scripts: int) -> Ints:
     """Return the characters of each script in each text, [N, scripts]."""
     counts = np.zeros((len(texts), num_scripts), np.int64)
     for row, text in enumerate(texts):
+        if text.isascii():  # letters of ASCII are Latin
+            others = len(text.encode().translate(None, _ASCII_LETTERS))
+            counts[row, :2] = others, len(text) - others
+            continue
         points = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
         scripts = _SCRIPT_OF[np.minimum(points, len(_SCRIPT_OF) - 1)]
         counts[row] = np.bincount(scripts, minlength=num_scripts)
