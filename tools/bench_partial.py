@@ -185,7 +185,7 @@ def _train(folder: Path, name: str, steps: int, more: Sequence[str]) -> None:
         "optimizer.lr=1.0e-9",
         "optimizer.min_lr=0",
         "checkpoint.every=1000",
-        "observe.tensorboard=false",
+        "observe.trackers=[]",
         *more,
     ]
     done = subprocess.run([ROOT / "launch" / "train.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
