@@ -214,11 +214,7 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
         return answer if _CONGRUENCE.search(before) is not None else answer._replace(text=f"{content} {behind}")
     unit = _UNIT_BEHIND.match(behind)
     if unit is not None and not has_left:
-        is_known = read_unit(tokenize(unit[1])) is not None
-        if is_known or _CHOICE.search(unit[1]) is not None:
-            return answer._replace(text=f"{content} {unit[1]}")
-        words = _WORDS_BEHIND.match(unit[1])
-        return nothing if words is not None and text_behind_changes(f" {words[1].strip()}", None) else answer
+        return _with_text_behind(answer, unit[1])
     equal = _NUMBER_BEFORE.search(before) if is_formula else _FORMULA_BEFORE.search(window)
     if equal is not None:
         return answer._replace(text=f"{equal[1]} = {content}")  # 5 = \boxed{4}
@@ -241,6 +237,16 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
     inner = content if is_joined else f"({content})"
     formula = f"{before if has_left else ''}{inner}{behind if has_right else ''}"
     return answer._replace(text=formula.strip(), label="", is_part=True)
+
+
+def _with_text_behind(answer: BoxedAnswer, behind: str) -> BoxedAnswer:
+    r"""Return an answer with a `\text{...}` behind it: a unit or another value belongs to it, a denial voids it."""
+    if read_unit(tokenize(behind)) is not None or _CHOICE.search(behind) is not None:
+        return answer._replace(text=f"{answer.text} {behind}")
+    words = _WORDS_BEHIND.match(behind)
+    if words is not None and text_behind_changes(f" {words[1].strip()}", None):
+        return answer._replace(text="", label="", is_part=True)
+    return answer
 
 
 class _Surroundings(NamedTuple):
