@@ -20,6 +20,7 @@ from grpo_mega.rewards.math_answers.units import NOT_UNITS
 from grpo_mega.rewards.math_answers.variants import with_variants
 
 MAX_ANSWER_CHARACTERS = 2000
+_CHOICES = frozenset("ABCDEFGH")
 
 
 def is_right(answer: str, reference: str) -> bool:
@@ -38,7 +39,10 @@ def is_right(answer: str, reference: str) -> bool:
         return True
     lists = [form for form in forms if form.kind == "list"]
     separate = answer_tokens(answer, join_thousands=False) if lists else tokens
-    return separate != tokens and _parses_and_agrees(separate, lists)  # 40,200 where the reference is 40, 200
+    if separate != tokens and _parses_and_agrees(separate, lists):  # 40,200 where the reference is 40, 200
+        return True
+    letter, value = _choice_and_value(tokens)
+    return bool(letter) and (_parses_and_agrees(letter, forms) or _parses_and_agrees(value, forms))
 
 
 def _parses_and_agrees(tokens: Sequence[Token], forms: Sequence[MathAnswer]) -> bool:
@@ -47,6 +51,20 @@ def _parses_and_agrees(tokens: Sequence[Token], forms: Sequence[MathAnswer]) -> 
         return any(agree(form, parsed) for form in forms)
     except (UnreadableError, UndefinedError):
         return False
+
+
+def _choice_and_value(tokens: Sequence[Token]) -> tuple[Sequence[Token], Sequence[Token]]:
+    """Return the letter and the value of `(B) 15`, an answer to a question with choices; nothing of other answers.
+
+    An answer that names a second letter (`(B) C`, `(B) 15 or (C) 16`) is not of this form.
+    """
+    if [token.text for token in tokens[:2]] == ["{", "("] and [token.text for token in tokens[3:5]] == [")", "}"]:
+        tokens = [*tokens[1:4], *tokens[5:]]
+    has_letter = len(tokens) > 3 and tokens[0].text == "(" and tokens[1].text in _CHOICES and tokens[2].text == ")"
+    names_one = not any(token.text in _CHOICES for token in tokens[3:])
+    if has_letter and names_one and tokens[3].kind in ("number", "function", "word", "symbol"):
+        return tokens[1:2], tokens[3:]
+    return (), ()
 
 
 def is_prose(reference: str) -> bool:

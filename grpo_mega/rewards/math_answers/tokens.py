@@ -47,7 +47,7 @@ _DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NULL_DELIMITER = re.compile(r"\\(?:left|right)\s*\.")
 _SIZES = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|rm|bf|it|large|Large|LARGE"
-    r"|huge|Huge|normalsize|small)(?![A-Za-z])"
+    r"|huge|Huge|normalsize|small)(?![A-Za-z])|\\(?:text)?color\s*(?:\[\w+\]\s*)?\{[\w!. ,]*\}"
 )
 _GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\{,\}|\\,|\\!|,\\!\s?|\\ |\\;|~|[\u2009\u202f\u00a0])\d{3})+)(?!\d)")
 _SPACED = re.compile(r"(?<![\d.,])(?<!\d )([1-9]\d{0,2})((?: \d{3})+)(?! ?\d)")
