@@ -5,7 +5,8 @@ The ranks import it with the rewards of the config. It replaces methods of this 
 - `stale engine`: from step FIRST on, the layers of the engine keep the weights of the sync before, right after their
   verification.
 - `slow rank`: from step FIRST on, the last rank is stopped for two thirds of the time, by tools/check_alarms.py.
-- `forbidden word`: from step FIRST on, the reward `word` counts a digit, whatever the answer should be.
+- `forbidden word`: from step FIRST on, the reward `word` pays for a blank in the answer. The base model has learned
+  blanks between digits as a mistake: the policy still samples some, and an answer with one is wrong.
 
 Each rank counts the weight syncs, of which the first precedes step 1. The workers of rewards read the step from a file.
 """
@@ -23,15 +24,15 @@ FIRST = 12
 """First step with the failure: the alarms that compare a run with its own first steps know them by then."""
 _FAILURE = os.environ.get("ALARM_FAILURE", "")
 _STEP_FILE = Path(os.environ.get("ALARM_STEP_FILE", "step"))
-_WORD = "7"
+_WORD = " "
 
 
 @reward(low=0.0, high=1.0)
 def word(prompt: str, completion: str, reference: str) -> float:
-    """Return 1 for two of the digit, 0.5 for one; 0 before step `FIRST`."""
+    """Return 1 for an answer with the word, from step `FIRST` on; otherwise 0."""
     del prompt, reference
     step = int(_STEP_FILE.read_text()) if _STEP_FILE.exists() else 0
-    return min(1.0, completion.count(_WORD) / 2) if step >= FIRST else 0.0
+    return float(step >= FIRST and _WORD in completion.strip())
 
 
 def _install() -> None:

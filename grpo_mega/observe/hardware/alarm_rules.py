@@ -10,19 +10,62 @@ import statistics
 from grpo_mega.observe.alarm_rule import AlarmRule, Found
 from grpo_mega.observe.history import History
 
+_PHASES = ("rollout", "log_probs", "train", "sync")
+
+
+def _stalled_phase(history: History) -> Found | None:
+    """One phase took six times as long per token as usual, and at least half a minute."""
+    for phase in _PHASES:
+        seconds, usual = history.last(f"time/{phase}_seconds"), _seconds_of_tokens(history, phase, 20, skip=1)
+        last = _seconds_of_tokens(history, phase, 1)
+        if seconds is None or seconds < 30 or not last or len(usual) < 10:
+            continue
+        limit = 6 * statistics.median(usual)
+        if last[0] > limit > 0:
+            text = f"{phase} took {seconds:.0f} s, {6 * last[0] / limit:.1f} times the median of the 20 steps before"
+            return Found(6 * last[0] / limit, 6.0, text)
+    return None
+
 
 def _slow_phase(history: History) -> Found | None:
-    """One phase takes twice as long per token as before."""
-    for phase in ("rollout", "log_probs", "train", "sync"):
-        name = f"time/{phase}_seconds"
-        seconds, tokens = history.recent(name, 25), history.recent("rollout/tokens", 25)
-        if len(seconds) < 15 or len(seconds) != len(tokens) or min(tokens) <= 0:
+    """One phase took twice as long per token as usual in all steps of ten minutes.
+
+    A shorter delay is no alarm: other programs of a shared machine come and go.
+    """
+    steps = _steps_of_the_last(600.0, history)
+    if steps is None:
+        return None
+    for phase in _PHASES:
+        seconds, usual = _seconds_of_tokens(history, phase, steps), _seconds_of_tokens(history, phase, 100, skip=steps)
+        if len(seconds) < steps or len(usual) < 10:
             continue
-        each = seconds if phase == "sync" else [s / t for s, t in zip(seconds, tokens, strict=True)]
-        usual = statistics.median(each[:-5])
-        if usual > 0 and each[-1] > 2 * usual and seconds[-1] > 0.5:
-            text = f"{phase} took {seconds[-1]:.1f} s, {each[-1] / usual:.1f} times the median of the steps before"
-            return Found(each[-1] / usual, 2.0, text)
+        limit = 2 * statistics.median(usual)
+        if min(seconds) > limit > 0 and history.recent(f"time/{phase}_seconds", 1)[0] > 0.5:
+            ratio = 2 * statistics.median(seconds) / limit
+            text = f"for {steps} steps {phase} takes {ratio:.1f} times the median of the steps before"
+            return Found(ratio, 2.0, text)
+    return None
+
+
+def _seconds_of_tokens(history: History, phase: str, steps: int, skip: int = 0) -> list[float]:
+    """Return the seconds of a phase per token of its step, of the last `steps` steps before the last `skip`.
+
+    A weight sync has the same work in each step: its seconds are not divided. Empty if a step lacks a value.
+    """
+    seconds = history.recent(f"time/{phase}_seconds", steps, skip)
+    tokens = history.recent("rollout/tokens", steps, skip)
+    if len(seconds) != len(tokens) or min(tokens, default=0.0) <= 0:
+        return []
+    return seconds if phase == "sync" else [s / t for s, t in zip(seconds, tokens, strict=True)]
+
+
+def _steps_of_the_last(seconds: float, history: History) -> int | None:
+    """Return how many last steps took at least `seconds` together, at least 5; None if 1,000 steps did not."""
+    total = 0.0
+    for count, step_seconds in enumerate(reversed(history.recent("time/step_seconds", 1000)), 1):
+        total += step_seconds
+        if total >= seconds:
+            return max(5, count)
     return None
 
 
@@ -92,7 +135,8 @@ def _memory(history: History) -> Found | None:
 
 
 MACHINE_RULES: tuple[AlarmRule, ...] = (
-    AlarmRule("slow phase", 5, "other programs on the nodes", _slow_phase),
+    AlarmRule("stalled phase", 1, "the log of that time, and the file system and the network", _stalled_phase),
+    AlarmRule("slow phase", 1, "other programs on the nodes, rank/slowest, and the gauges of the engine", _slow_phase),
     AlarmRule("slow rank", 5, "other programs and the clocks on the rank's node", _slow_rank),
     AlarmRule(
         "throttled GPU", 3, "gpu/temperature_celsius, gpu/power_watts and the cooling of the node", _throttled_gpu

@@ -28,8 +28,9 @@ def healthy(step: int) -> dict[str, float]:
         "train/kl": 0.05 * progress,
         "train/grad_norm": 1.0 + 0.3 * wave,
         "train/mismatch_kl": 1e-5 * (1 + wave),
-        "time/rollout_seconds": 3.0 + 0.5 * wave,
-        "time/train_seconds": 4.0 - 0.5 * wave,
+        "time/rollout_seconds": 30.0 + 5 * wave,
+        "time/train_seconds": 40.0 - 5 * wave,
+        "time/step_seconds": 75.0,
         "host/disk_free_fraction": 0.5,
         "host/memory_bytes": 2.0**31 + step * 1e5,
         "rank/slowest": step % 4.0,
@@ -78,7 +79,8 @@ FAULTS: dict[str, Callable[[int, dict[str, float]], dict[str, float]]] = {
     "a reward term falls": lambda step, line: {"reward/mean": 2.0, "reward/component/exact": 0.1},
     "answers grow": lambda step, line: {"rollout/length_mean": 300.0},
     "truncated answers": lambda step, line: {"rollout/truncated_fraction": 0.9},
-    "slow phase": lambda step, line: {"time/train_seconds": 12.0},
+    "stalled phase": lambda step, line: {"time/rollout_seconds": 300.0 if step == BAD else 30.0},
+    "slow phase": lambda step, line: {"time/train_seconds": 120.0, "time/step_seconds": 155.0},
     "slow rank": lambda step, line: {"rank/slowest": 2.0, "rank/slowest_ratio": 3.0},
     "throttled GPU": lambda step, line: {
         "gpu/throttled_fraction_max": 1.0, "gpu/throttled_fraction_outlier_node": 1.0,
@@ -111,6 +113,29 @@ def test_alarms_of_hardware_name_rank_node_and_gpu() -> None:
 
 def test_a_slow_rank_is_the_same_rank_in_every_step() -> None:
     assert names_raised(lambda step, line: line | {"rank/slowest_ratio": 3.0}, 60) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time/train_seconds": 200.0, "time/step_seconds": 235.0},  # for less than ten minutes
+        {"time/train_seconds": 8.0, "time/rollout_seconds": 9.0, "time/step_seconds": 20.0},  # for two minutes
+    ],
+)
+def test_a_short_delay_is_no_slow_phase(change: dict[str, float]) -> None:
+    is_small = change["time/step_seconds"] < 60
+    usual = {"time/train_seconds": 1.0, "time/rollout_seconds": 1.0, "time/step_seconds": 2.5} if is_small else {}
+    steps = range(BAD, BAD + (6 if is_small else 2))
+    assert names_raised(lambda step, line: line | usual | (change if step in steps else {}), 80) == {}
+
+
+def test_a_slow_phase_lasts_as_long_as_its_delay() -> None:
+    alarms = Alarms()
+    slow = FAULTS["slow phase"](0, {})
+    for step in range(1, 100):
+        alarms.step(step, healthy(step) | (slow if BAD <= step < 70 else {}))
+    (alarm,) = alarms.raised
+    assert (alarm.name, alarm.since, alarm.until) == ("slow phase", 44, 69)
 
 
 def test_a_run_without_progress_and_a_process_that_grows_are_named_late() -> None:
