@@ -6,8 +6,8 @@ FOLDER holds the unpacked wheel. Run it in a process of its own: it replaces par
 family -> layout -> {"parameters": names of rank 0, "faults": of the mapping of a checkpoint, "on_cuda": names of the
 functions that allocated memory on the GPU, "local_on_cuda": the same while local modules are counted, "accumulates":
 names of the linear layers -> True if they add weight gradients in the matrix product}; "kept": kind of FP8 weight ->
-its orders that are left while the engine samples; and "kernels": field of Megatron's config -> True if Megatron finds
-its kernels.
+its orders that are left while the engine samples; "kernels": field of Megatron's config -> True if Megatron finds its
+kernels; and "adam": what a checkpoint saves of Transformer Engine's Adam, and loads.
 
 Recipe: NVTE_PROJECT_BUILDING keeps Transformer Engine from loading its libraries; `transformer_engine_torch`, triton,
 onnx and onnxscript are modules whose every attribute is a mock, except for the two enumerations that Transformer Engine
@@ -217,12 +217,44 @@ def found_kernels() -> dict[str, bool]:
     }
 
 
+def saved_and_loaded_adam() -> dict[str, Any]:
+    """Return the tensors of a parameter's state after two steps of Adam, the saved step, and the loaded state."""
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    from grpo_mega.policy.megatron_patches import fixes
+
+    fixes.install()
+    assert distrib_optimizer.USING_TE_OPTIMIZER
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    with OnMeta():
+        adam = FusedAdam([weight])
+        adam.step()
+        adam.step()
+    inner = types.SimpleNamespace(
+        optimizer=adam,
+        grad_scaler=None,
+        config=types.SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False),
+        model_param_group_index_map={weight: (0, 0)},
+    )
+    state = sorted(adam.state[weight])
+    with fixes.placeholder_steps(inner):
+        saved = DistributedOptimizer.state_dict(inner)
+    loaded = {"param": torch.full((3,), 4.0), "exp_avg": torch.full((3,), 5.0), "exp_avg_sq": torch.full((3,), 6.0)}
+    with torch.no_grad():
+        DistributedOptimizer._set_main_param_and_optimizer_states(inner, weight, loaded)
+    found = {name: values.tolist() for name, values in {"param": weight, **adam.state[weight]}.items()}
+    return {"state": state, "saved_step": saved["optimizer"]["param_groups"][0]["step"], "loaded": found}
+
+
 def main(folder: Path, families: list[str]) -> None:
-    """Print the description of each family, and which orders of FP8 weights are kept."""
+    """Print the description of each family, which orders of FP8 weights are kept, the kernels, and Adam's state."""
     warnings.simplefilter("ignore")
     import_transformer_engine(folder)
     found: dict[str, Any] = {family: describe(family) for family in families}
-    print(json.dumps(found | {"kept": kept_orders(), "kernels": found_kernels()}))
+    print(json.dumps(found | {"kept": kept_orders(), "kernels": found_kernels(), "adam": saved_and_loaded_adam()}))
 
 
 if __name__ == "__main__":

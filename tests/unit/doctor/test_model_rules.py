@@ -17,6 +17,7 @@ from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.layout_rules import check_layout
 from grpo_mega.parallel import devices
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.module_choice import ModuleChoice
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 from tests.helpers.family_configs import raw_family_config
@@ -364,6 +365,24 @@ def test_moments_in_bf16_need_cuda_devices_and_transformer_engine(
     message = message_of(config_of("optimizer.moments=bf16", "precision.dtype=bf16"), Topology(1))
     needed = ["Transformer Engine", "pip install", "=="] if on_cuda else ["CUDA"]
     assert_names(message, "optimizer.moments=bf16", *needed, "optimizer.moments=fp32")
+
+
+@pytest.mark.parametrize("modules", ["auto", "local"])
+def test_attention_sinks_that_transformer_engine_cannot_train_are_rejected_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modules: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw_family_config("gpt_oss")))
+    model = ("model.base=null", f"model.path={tmp_path}")
+    config = config_of(*model, f"policy.modules={modules}", "run.deterministic=true")
+    choice = ModuleChoice(transformer_engine=modules == "auto", device="cuda")
+    monkeypatch.setattr(model_rules, "choose_modules", lambda _: choice)
+    if modules == "local":
+        check_model(config, Topology(1), with_engine=False)
+        return
+    with pytest.raises(UserError) as caught:
+        check_model(config, Topology(1), with_engine=False)
+    assert_names(caught.value.message, "policy.modules=auto", "attention sinks", "run.deterministic=true")
+    assert caught.value.remedy == "set policy.modules=local"
 
 
 def test_a_server_on_another_machine_needs_a_secret_and_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

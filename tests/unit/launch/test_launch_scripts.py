@@ -150,9 +150,12 @@ esac
 """
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [("vllm", ()), ("sglang", ("--with", "sglang")), ("vllm", ("--with", "vllm,fp8"))],
+)
 def test_a_cuda_environment_gets_torch_then_megatron_then_the_rest_then_transformer_engine(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, arguments: tuple[str, ...]
 ) -> None:
     path = machine_with_gpu(tmp_path / "bin")
     python = tmp_path / "bin" / "python3.11"
@@ -160,7 +163,7 @@ def test_a_cuda_environment_gets_torch_then_megatron_then_the_rest_then_transfor
     python.chmod(0o755)
     calls = tmp_path / "calls"
     result = run_script(
-        ROOT / "launch/setup.sh", "--with", f"{kind},fp8",
+        ROOT / "launch/setup.sh", *arguments,
         GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path, PIP_CALLS=str(calls),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

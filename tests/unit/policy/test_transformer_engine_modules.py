@@ -74,6 +74,15 @@ def test_fp8_weights_keep_only_their_rows_while_the_engine_samples(built: Any) -
     }
 
 
+def test_a_checkpoint_holds_the_step_that_adam_counts_per_group(built: Any) -> None:
+    """The state of a parameter has no step, which Megatron's own Adam reads there."""
+    assert built["adam"] == {
+        "state": ["exp_avg", "exp_avg_sq"],
+        "saved_step": 2,
+        "loaded": {"param": [4.0] * 3, "exp_avg": [5.0] * 3, "exp_avg_sq": [6.0] * 3},
+    }
+
+
 def test_megatron_finds_the_kernels_of_the_fields_that_are_on(built: Any) -> None:
     assert built["kernels"] == {"apply_rope_fusion": True, "moe_permute_fusion": True}
 
