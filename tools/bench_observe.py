@@ -1,6 +1,6 @@
 """Measure what observing costs: the share of a quickstart step, and the bytes of TensorBoard per 1,000 steps.
 
-    python tools/bench_observe.py [--steps 60] [--json]
+    python tools/bench_observe.py [--steps 200] [--json]
 
 One process trains the quickstart. Blocks of five steps with everything on (metrics, TensorBoard, rollout files, alarms,
 summary) alternate with blocks in which the observer does nothing, so that both have the same machine and model. The
@@ -8,7 +8,8 @@ first step of a block is not counted: it pays for what the block before left to 
 
 `measured` is the mean CPU time of a step with everything on, divided by that without, minus 1; `reference` is the limit
 of 1 %. CPU time includes background threads and does not count what other programs take. `wall_share` is the same for
-the wall clock, and `direct_share` the time for which the observer stops the loop.
+the wall clock, and `direct_share` the time for which the observer stops the loop. `standard_error` is that of
+`measured`, from the pairs of successive blocks.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str
         "reference": LIMIT,
         "ratio": cpu / LIMIT,
         "unit": "share of a step",
+        "standard_error": _standard_error(kept),
         "wall_share": wall,
         "direct_share": statistics.fmean(t.observer_seconds / t.seconds for t in on),
         "seconds_off": statistics.median(t.seconds for t in off),
@@ -81,6 +83,16 @@ def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str
         "tensorboard_ratio": 1000 * per_step / BYTES_LIMIT,
         "conditions": {"steps": len(times), "block": BLOCK, "cpus": os.cpu_count(), "machine": platform.processor()},
     }
+
+
+def _standard_error(kept: Sequence[ObservedStep]) -> float:
+    """Return the standard error of the mean over pairs of blocks; 0 for one pair."""
+    pairs: dict[int, dict[bool, list[float]]] = {}
+    for t in kept:
+        pairs.setdefault((t.step - 1) // (2 * BLOCK), {}).setdefault(t.is_observed, []).append(t.cpu_seconds)
+    whole = [pair for pair in pairs.values() if len(pair) == 2]
+    shares = [statistics.fmean(pair[True]) / statistics.fmean(pair[False]) - 1 for pair in whole]
+    return statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
 
 
 def measure(steps: int, folder: Path) -> list[ObservedStep]:
@@ -121,7 +133,7 @@ def measure(steps: int, folder: Path) -> list[ObservedStep]:
 def main() -> None:
     """Measure and print; `--json` prints only the object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=60, help="steps of the run, at least 20")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the run, at least 20")
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as parent:
@@ -130,7 +142,8 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (folder / "tensorboard").iterdir())
         result = summarize(times, size)
     if not arguments.json:
-        print(f"observing costs {result['measured']:+.2%} CPU time of a step, limit {LIMIT:.0%}")
+        error = f"(standard error {result['standard_error']:.2%})"
+        print(f"observing costs {result['measured']:+.2%} {error} CPU time of a step, limit {LIMIT:.0%}")
         print(f"TensorBoard: {result['tensorboard_bytes_per_1000_steps'] / 1e6:.1f} MB per 1,000 steps, limit 100 MB")
     print(json.dumps(result))
 

@@ -71,10 +71,8 @@ def _reward_against_accuracy(history: History) -> Found | None:
     name = "eval/accuracy" if len(history.all("eval/accuracy")) >= 2 else "reward/accuracy"
     rewards = history.recent("reward/mean", 5)
     earlier = history.all("reward/mean")[:-5]
-    if len(rewards) < 5 or len(earlier) < 5:
-        return None
     values = history.all(name)
-    if len(values) < (2 if name == "eval/accuracy" else 10):
+    if len(rewards) < 5 or len(earlier) < 3 or len(values) < (2 if name == "eval/accuracy" else 8):
         return None
     last = values[-1] if name == "eval/accuracy" else mean(values[-5:])
     best = max(values) if name == "eval/accuracy" else max(mean(values[i : i + 5]) for i in range(len(values) - 4))
@@ -145,7 +143,7 @@ RULES: tuple[AlarmRule, ...] = (
     AlarmRule("far from the reference", 2, "optimizer.lr and algorithm.kl_coef", far_from_reference),
     AlarmRule("gradient norm", 3, "optimizer.lr, and the rollouts with the largest advantages", gradient_spike),
     AlarmRule("collapse of the entropy", 5, "optimizer.lr and the variety of the rollouts", entropy_collapse),
-    AlarmRule("reward up, accuracy down", 3, "the rollouts with the largest rewards", _reward_against_accuracy),
+    AlarmRule("reward up, accuracy down", 2, "the rollouts with the largest rewards", _reward_against_accuracy),
     AlarmRule("a reward term falls", 3, "the weights in reward.terms", _component_falls),
     AlarmRule("answers grow", 3, "the longest rollouts: do they repeat themselves?", _longer),
     AlarmRule("truncated answers", 5, "sampling.max_tokens and the end of truncated rollouts", truncated_rollouts),

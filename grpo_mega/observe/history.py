@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class History:
@@ -69,15 +70,31 @@ def read_lines(metrics: Path) -> Iterator[tuple[int, dict[str, float]]]:
     if not metrics.exists():
         return
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-            step = int(values.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if "evaluation" in values:
-            continue
-        values.pop("wall_time", None)
-        yield step, {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        found = parse_line(line)
+        if found is not None and "evaluation" not in found[1]:
+            yield found[0], numbers_of(found[1])
+
+
+def parse_line(line: str | bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return the step and the other values of a line of `metrics.jsonl`; None if the line is damaged."""
+    try:
+        values = json.loads(line)
+        step = values.pop("step")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return (step, values) if type(step) is int else None
+
+
+def numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics among the values of a line: its numbers, without the time at which it was written."""
+    return {name: _number(v) for name, v in values.items() if isinstance(v, int | float) and name != "wall_time"}
+
+
+def _number(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 def mean(values: list[float]) -> float:

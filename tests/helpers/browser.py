@@ -64,7 +64,8 @@ class Browser:
                 f"--window-size={width},{height}",
             ]
         }
-        always = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        timeouts = {"script": 100_000}  # milliseconds
+        always = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}, "timeouts": timeouts}
         self._wait_until_ready()
         started = self._call("POST", "/session", {"capabilities": {"alwaysMatch": always}})
         self._session = f"/session/{started['sessionId']}"

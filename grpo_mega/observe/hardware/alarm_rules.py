@@ -70,14 +70,15 @@ def _steps_of_the_last(seconds: float, history: History) -> int | None:
 
 
 def _slow_rank(history: History) -> Found | None:
-    """One rank needs twice as long for its own work as the others, in every one of the last steps."""
-    ratio, rank = history.last("rank/slowest_ratio"), history.last("rank/slowest")
+    """One rank needs twice as long for its own work as the others, and is the slowest in each of the last steps."""
+    ratios, ranks = history.recent("rank/slowest_ratio", 5), history.recent("rank/slowest", 5)
     seconds = history.last("rank/slowest_seconds")
-    if ratio is None or rank is None or seconds is None or ratio <= 1.8 or seconds < 0.1:
+    if len(ratios) < 5 or len(set(ranks)) != 1 or seconds is None or seconds < 0.1:
         return None
-    if set(history.recent("rank/slowest", 5)) != {rank}:
+    ratio = statistics.median(ratios)
+    if ratio <= 1.8:
         return None
-    text = f"rank {rank:.0f} works {seconds:.1f} s on its part of a step, {ratio:.1f} times as long as the other ranks"
+    text = f"rank {ranks[0]:.0f} works {seconds:.1f} s on its part of a step, {ratio:.1f} times as long as the others"
     return Found(ratio, 1.8, text)
 
 
@@ -137,7 +138,7 @@ def _memory(history: History) -> Found | None:
 MACHINE_RULES: tuple[AlarmRule, ...] = (
     AlarmRule("stalled phase", 1, "the log of that time, and the file system and the network", _stalled_phase),
     AlarmRule("slow phase", 1, "other programs on the nodes, rank/slowest, and the gauges of the engine", _slow_phase),
-    AlarmRule("slow rank", 5, "other programs and the clocks on the rank's node", _slow_rank),
+    AlarmRule("slow rank", 3, "other programs and the clocks on the rank's node", _slow_rank),
     AlarmRule(
         "throttled GPU", 3, "gpu/temperature_celsius, gpu/power_watts and the cooling of the node", _throttled_gpu
     ),

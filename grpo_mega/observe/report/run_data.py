@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from grpo_mega.config.resume_effects import UNSET, default_value
-from grpo_mega.observe.alarms import Alarms
-from grpo_mega.observe.history import History
+from grpo_mega.observe.alarms import Alarm, Alarms
+from grpo_mega.observe.history import History, numbers_of, parse_line
 from grpo_mega.observe.metric_row import SECTIONS
 from grpo_mega.observe.metric_table import metric_of
 from grpo_mega.observe.run_folder import RunFolder
@@ -27,7 +28,6 @@ from grpo_mega.types import UserError
 
 MAX_POINTS = 2000
 """Points of a curve; of a longer run every second, third, ... step is shown, and the last one."""
-_NOT_CURVES = ("step", "wall_time")
 MAX_TIMELINE_STEPS = 200
 """Steps of the timeline of phases: the last 50, and others at equal distances."""
 
@@ -91,10 +91,9 @@ def read_run(path: Path) -> RunData:
         key: "" if (value := default_value(key, data.raw_config)) is UNSET else _text(_plain(value))
         for key in data.config
     }
-    lines = _read_lines(folder.metrics, data.problems)
-    history = _read_metrics(lines, data)
-    data.changes = _read_lines(folder.config_changes, [])
-    data.timeline = _chosen({int(line["step"]): line for line in _read_lines(folder.timeline, []) if "ranks" in line})
+    history = _read_metrics(folder.metrics, data)
+    data.changes = [line for line in _read_objects(folder.config_changes) if "after_step" in line]
+    data.timeline = _chosen({line["step"]: line for line in _read_objects(folder.timeline) if _is_timeline(line)})
     data.checkpoints = _checkpoints(folder, data.problems)
     data.alarms, data.verdict = _verdict(history, data)
     return data
@@ -125,7 +124,7 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     except FileNotFoundError:
         problems.append(f"{path.name} is missing: the run has not started to train, or was ended before it")
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({error})")
         return {}
     if not isinstance(found, dict):
@@ -146,30 +145,40 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Return the objects with a `step` (or `after_step`) of a file of JSON lines; others are counted in `problems`."""
-    if not path.is_file():
-        return []
-    found, damaged = [], 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-                float(line["step"] if "step" in line else line["after_step"])
-                found.append(line)
-            except (ValueError, KeyError, TypeError):
-                damaged += 1
-    if damaged:
-        problems.append(f"{damaged} line(s) of {path.name} cannot be read; the last one may be half-written")
+def _read_objects(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines; other lines are left out."""
+    found: list[dict[str, Any]] = []
+    for text in _lines(path):
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            found += [line] if isinstance(line, dict) else []
     return found
 
 
-def _read_metrics(lines: list[dict[str, Any]], data: RunData) -> History:
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def _is_timeline(line: Mapping[str, Any]) -> bool:
+    """Return True for a line as `rank_reports.append_timeline` writes it."""
+    try:
+        spans = [span for of_rank in line["ranks"].values() for span in of_rank]
+        named = all(isinstance(phase, str) and start + seconds >= 0 for phase, start, seconds in spans)
+        return type(line["step"]) is int and isinstance(line["hosts"], dict) and named
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _read_metrics(metrics: Path, data: RunData) -> History:
     history = History()
     by_step: dict[int, dict[str, float]] = {}
-    for line in lines:
-        numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and k not in _NOT_CURVES}
-        by_step[int(line["step"])] = by_step.get(int(line["step"]), {}) | numbers
+    found = [parse_line(text) for text in _lines(metrics)]
+    for step, values in filter(None, found):
+        by_step[step] = by_step.get(step, {}) | numbers_of(values)
+    if damaged := found.count(None):
+        data.problems.append(f"{damaged} line(s) of {metrics.name} cannot be read; the last one may be half-written")
     for step in sorted(by_step):
         if len(by_step[step]) > 0:
             history.add(step, by_step[step])
@@ -213,13 +222,16 @@ def _verdict(history: History, data: RunData) -> tuple[list[dict[str, Any]], lis
     for step in history.steps:
         alarms.step(step, history.of_step(step))
     raised = [vars(alarm).copy() for alarm in alarms.raised]
-    stored = summary.get("alarms")
-    shown = stored if isinstance(stored, list) and stored else raised
-    status = {"done": "is done", "failed": "failed", "interrupted": "is running or was interrupted"}
-    state = status.get(str(summary.get("status")), "has no summary yet")
+    shown = _known_alarms(summary.get("alarms")) or raised
+    status, error = str(summary.get("status")), summary.get("error")
+    states = {
+        "done": "is done",
+        "failed": "failed",
+        "interrupted": "was stopped" if error else "is running or was killed",
+    }
+    reason = f": {error}" if error and status == "failed" else ""
     last = history.steps[-1] if history.steps else 0
-    error = f": {summary['error']}" if summary.get("error") else ""
-    sentences = [f"The run {state} after step {last}{error}."]
+    sentences = [f"The run {states.get(status, 'has no summary yet')} after step {last}{reason}."]
     found = summary.get("verdict")
     if not found:
         before, after = (_evaluation(summary.get(key)) for key in ("eval_before", "eval_after"))
@@ -230,6 +242,12 @@ def _verdict(history: History, data: RunData) -> tuple[list[dict[str, Any]], lis
         found = verdict(history, alarms.raised, before, after)
     sentences.append(f"It {found}." if found else "It has too few steps for a verdict.")
     return shown, sentences
+
+
+def _known_alarms(stored: Any) -> list[dict[str, Any]]:
+    """Return the alarms of a summary that have all values of an alarm."""
+    names = {field.name for field in fields(Alarm)}
+    return [a for a in stored if isinstance(a, dict) and set(a) >= names] if isinstance(stored, list) else []
 
 
 def _evaluation(values: Any) -> Evaluation | None:

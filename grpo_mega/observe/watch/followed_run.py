@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from grpo_mega.observe.alarms import Alarm, Alarms
-from grpo_mega.observe.history import History
+from grpo_mega.observe.history import History, numbers_of, parse_line
 from grpo_mega.observe.rollout_files.plain_rows import RolloutRow
 from grpo_mega.observe.rollout_files.reader import read_step, steps_of
 from grpo_mega.observe.run_folder import RunFolder
@@ -79,15 +79,13 @@ class FollowedRun:
             self._add_line(line)
 
     def _add_line(self, text: bytes) -> None:
-        try:
-            line = json.loads(text)
-            step = int(line.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        found = parse_line(text)
+        if found is None:
             self.num_damaged += 1
             return
-        wall_time = line.pop("wall_time", None)
+        step, line = found
+        wall_time = line.get("wall_time")
         self.last_written = wall_time if isinstance(wall_time, int | float) else self.last_written
-        numbers = {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
         if "evaluation" in line or step == 0:  # an evaluation at an end of the run has no step of its own
             return
         if self.history.steps and step <= self.history.steps[-1]:
@@ -95,7 +93,7 @@ class FollowedRun:
             self._alarms = Alarms()
             for earlier, values in kept:
                 self._alarms.step(earlier, values)
-        self._alarms.step(step, numbers)
+        self._alarms.step(step, numbers_of(line))
 
     def _read_summary(self) -> None:
         try:

@@ -102,7 +102,7 @@ def test_each_fault_raises_its_alarm_within_ten_steps(name: str) -> None:
 
 
 def test_alarms_of_hardware_name_rank_node_and_gpu() -> None:
-    texts = {}
+    texts: dict[str, str] = {}
     for fault in ("slow rank", "throttled GPU"):
         alarms = Alarms()
         for step in range(1, 20):

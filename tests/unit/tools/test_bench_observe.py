@@ -32,6 +32,16 @@ def test_the_share_is_the_cpu_time_with_everything_on_over_that_without() -> Non
     assert found["tensorboard_ratio"] == pytest.approx(0.3)
 
 
+def test_the_standard_error_is_that_of_the_pairs_of_blocks() -> None:
+    """Two pairs with shares of 0 and 10 %: deviation 0.0707, over the root of 2."""
+    seconds = {1: 1.0, 2: 1.1}
+    times = [
+        ObservedStep(step, is_observed(step), 1.0, seconds[(step - 1) // 10] if is_observed(step) else 1.0, 0.0)
+        for step in range(11, 31)
+    ]
+    assert summarize(times, 1)["standard_error"] == pytest.approx(0.05)
+
+
 def test_too_few_steps_are_an_error() -> None:
     times = [ObservedStep(step, is_observed(step), 1.0, 1.0, 0.0) for step in range(1, 15)]
     with pytest.raises(ValueError, match="use at least 20"):

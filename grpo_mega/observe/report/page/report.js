@@ -152,4 +152,5 @@ section("alarms", "Alarms and guards", each(run => [run.alarms.length ? table(["
 section("checkpoints", "Checkpoints", each(run => run.checkpoints.length ? table(["step", "state", "folder"], run.checkpoints.map(c => [c.step, c.complete ? "complete" : "incomplete", c.path])) : el("p", { class: "soft" }, "There are none.")));
 section("config", "Config against the defaults", each(run => [table(["key", "value", "default"], run.config), el("p", { class: "soft" }, run.num_defaults + " other keys have their defaults."), run.changes.length ? table(["after step", "key", "before", "now"], run.changes.map(c => [c.after_step, c.key, c.before, c.now])) : null]).flat());
 section("versions", "Versions, layout and time", each(run => table(["what", "value"], [...Object.entries(run.summary.versions || {}), ...Object.entries(run.summary.layout || {}), ...Object.entries(run.summary.seconds || {}).map(([k, v]) => ["seconds: " + k, number(v)])].map(([k, v]) => [k, v === null ? "not installed" : v]))));
+document.body.dataset.milliseconds = Math.round(performance.now());
 document.body.dataset.ready = "yes";

@@ -48,6 +48,30 @@ def test_half_written_files_are_read_as_far_as_possible(tmp_path: Path) -> None:
     assert data.verdict[0] == "The run has no summary yet after step 5."
 
 
+def test_lines_and_alarms_of_another_form_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=6)
+    wrong = [
+        '{"step": 1e400}',
+        '{"step": NaN}',
+        '{"step": true}',
+        "[" * 100_000,
+        '{"step": 7, "a": "' + "y" * 1_000_000,
+    ]
+    huge = '{"step": 7, "reward/mean": 1' + "0" * 400 + "}"
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "\n".join([*wrong, huge]))
+    spans = ('{"step": 1, "hosts": {}, "ranks": 3}', '{"step": 2, "hosts": {}, "ranks": {"0": [["rollout"]]}}',
+             '{"step": 3, "ranks": {}}', '{"step": "x", "hosts": {}, "ranks": {}}', "3")  # fmt: skip
+    with (run / "timeline.jsonl").open("a") as file:
+        file.write("\n".join(spans))
+    summary = json.loads((run / "summary.json").read_text()) | {"alarms": [1, {"name": "slow rank"}], "eval_before": 3}
+    (run / "summary.json").write_text(json.dumps(summary))
+    data = read_run(run)
+    assert data.problems == [f"{len(wrong)} line(s) of metrics.jsonl cannot be read; the last one may be half-written"]
+    assert (data.steps, data.curves["reward/mean"][-1]) == ([1, 2, 3, 4, 5, 6, 7], None)
+    assert [line["step"] for line in data.timeline] == [1, 2, 3, 4, 5, 6]
+    assert data.alarms == []
+
+
 def test_a_run_that_was_killed_or_is_being_written_has_a_verdict_from_its_metrics(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=40)
     (run / "summary.json").unlink()
@@ -62,7 +86,10 @@ def test_a_run_that_was_killed_or_is_being_written_has_a_verdict_from_its_metric
     assert read_run(run).verdict[1] == "It learned: held-out accuracy 0.300 -> 0.800."
     (run / "metrics.jsonl").write_text("".join(json.dumps(metrics_line(s)) + "\n" for s in range(1, 41)))
     (run / "summary.json").write_text(json.dumps({"status": "interrupted", "steps": 40}))
-    assert read_run(run).verdict[0] == "The run is running or was interrupted after step 40."
+    assert read_run(run).verdict[0] == "The run is running or was killed after step 40."
+    stopped = {"status": "interrupted", "steps": 40, "error": "Stopped: stopped after step 40"}
+    (run / "summary.json").write_text(json.dumps(stopped))
+    assert read_run(run).verdict[0] == "The run was stopped after step 40."
     (run / "summary.json").write_text(json.dumps({"status": "failed", "steps": 40, "error": "OSError: disk full"}))
     assert read_run(run).verdict[0] == "The run failed after step 40: OSError: disk full."
 

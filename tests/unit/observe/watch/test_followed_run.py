@@ -31,9 +31,9 @@ def test_a_line_is_read_when_it_is_whole_and_damaged_lines_are_counted(tmp_path:
     append(metrics, line[:20])
     run = FollowedRun(tmp_path)
     assert not run.poll()
-    append(metrics, line[20:] + "\n\xff{\n")
+    append(metrics, line[20:] + '\n\xff{\n{"step": 1e400}\n')
     assert run.poll()
-    assert (run.history.steps, run.num_damaged, run.last_written) == ([1], 1, 77.0)
+    assert (run.history.steps, run.num_damaged, run.last_written) == ([1], 2, 77.0)
 
 
 def test_steps_that_are_made_again_replace_the_earlier_ones(tmp_path: Path) -> None:
