@@ -70,6 +70,7 @@ def cases(folder: Path, seeds: int, steps: int) -> list[AlarmCase]:
     term = ("a reward term falls", "reward up, accuracy down")
     return [
         *(AlarmCase(f"healthy {s}", None, (), (f"run.seed={s}", f"train.steps={steps}")) for s in range(1, seeds + 1)),
+        AlarmCase("healthy two ranks", None, (), ("run.world_size=2", f"train.steps={steps}")),
         AlarmCase("forbidden word", 2, term, (f"reward.terms={words}", f"train.steps={1 + WITHIN}", *size)),
         AlarmCase(
             "learning rate x100", 1, ("far from the reference",), ("optimizer.lr=2e-2", "optimizer.min_lr=1e-3", early)

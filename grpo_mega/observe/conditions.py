@@ -74,7 +74,7 @@ def mismatch_growth(history: History, factor: float = 10.0) -> Found | None:
     limit = max(_LEAST_MISMATCH, factor * statistics.median(first))
     if abs(value) <= limit:
         return None
-    text = f"policy and engine differ by {value:.2g} nats per token, {factor:g} times as much as at first"
+    text = f"policy and engine differ by {value:.2g} nats per token, more than {factor:g} times as much as at first"
     return Found(value, limit, text)
 
 

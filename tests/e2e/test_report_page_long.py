@@ -9,6 +9,7 @@ import pytest
 
 from grpo_mega.cli.report import main
 from tests.helpers.browser import Browser, needs_browser
+from tests.helpers.finished_runs import Run
 from tests.helpers.reported_runs import HOSTILE, write_run
 
 pytestmark = [pytest.mark.long, needs_browser]
@@ -46,6 +47,23 @@ def test_the_page_opens_filters_work_and_a_click_opens_a_group(tmp_path: Path) -
         assert browser.errors() == []
 
 
+def test_the_report_of_a_quickstart_run_is_kept_as_screenshots(quickstart: Run, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert main([str(quickstart.folder), "--out", str(page)]) == 0
+    with Browser() as browser:
+        open_report(browser, page)
+        browser.screenshot("report-curves.png")
+        browser.run("document.querySelector('tr.group').click()")
+        assert browser.run("return document.querySelectorAll('.opened .answer pre span').length") > 20
+        # eight answers side by side scroll in their group, and do not make the page wider than the window
+        assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+        browser.run("document.getElementById('rollouts').scrollIntoView()")
+        browser.screenshot("report-group.png")
+        browser.run("document.getElementById('timeline').scrollIntoView()")
+        browser.screenshot("report-phases.png")
+        assert browser.errors() == []
+
+
 def test_hostile_texts_are_shown_and_run_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", text=HOSTILE)
     assert main([str(run)]) == 0
@@ -69,6 +87,7 @@ def test_two_runs_share_their_charts(tmp_path: Path) -> None:
         assert "first" in legends
         assert "second" in legends
         assert browser.errors() == []
+        browser.screenshot("report-comparison.png")
 
 
 def test_a_report_of_1000_steps_and_64000_rollouts_is_fast_and_small(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def test_a_browser_shows_a_curve_in_every_chart_of_the_metrics_of_a_step(quickst
         browser.screenshot("tensorboard-dashboard.png")
         browser.open(f"{address}#text")
         browser.wait_for("return found.some(e => e.tagName == 'TD' && e.textContent.includes('reward 1'))")
+        browser.run("found.find(e => e.tagName == 'TD' && e.textContent.includes('reward 1')).scrollIntoView()")
         browser.screenshot("tensorboard-groups.png")
 
 

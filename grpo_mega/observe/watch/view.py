@@ -6,6 +6,7 @@ Asserted by tests/unit/observe/watch/test_view.py.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -41,16 +42,21 @@ def view(run: FollowedRun, now: float, width: int = 80) -> list[str]:
     """
     lines = [*_head(run, now), *_curves(run, width), *_phases(run, width)]
     for alarm in run.active_alarms:
-        lines.append(f"ALARM {one_line(str(alarm), 10 * width)}")
+        lines += _wrapped(f"ALARM {one_line(str(alarm), 10 * width)}", width)
     for row in run.rollouts:
         reward = "none" if row["reward"] is None else f"{row['reward']:.3g}"
         prompt, answer = (one_line(row[key][-4 * width :], 4 * width) for key in ("prompt", "completion"))
         lines.append(f"rollout, reward {reward}, {one_line(str(row['stop_reason']), 20)}: {prompt} -> {answer}")
     if run.verdict is not None:
-        lines.append(f"verdict: {one_line(run.verdict, 10 * width)}")
+        lines += _wrapped(f"verdict: {one_line(run.verdict, 10 * width)}", width)
     if run.num_damaged:
         lines.append(f"{run.num_damaged} line(s) of metrics.jsonl cannot be read")
     return [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+
+
+def _wrapped(text: str, width: int, indent: str = "  ") -> list[str]:
+    """Return the text as lines of at most `width` characters; all but the first are indented."""
+    return textwrap.wrap(text, max(width, 20), subsequent_indent=indent, break_on_hyphens=False)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -113,5 +119,7 @@ def _phases(run: FollowedRun, width: int) -> list[str]:
         cells = round(room * seconds / total)
         if cells:
             bar += fill * cells
-            key.append(f"{fill} {name} {seconds:.2g} s")
-    return [f"{'phases':>9}  {bar[:room]}", f"{'':>9}  {'  '.join(key)}"]
+            key.append(f"{fill}\u00a0{name}\u00a0{seconds:.2g}\u00a0s")  # lines break at none of these blanks
+    indent = " " * 11
+    lines = [line.replace("\u00a0", " ") for line in _wrapped(f"{indent}{'  '.join(key)}", width, indent)]
+    return [f"{'phases':>9}  {bar[:room]}", *lines]

@@ -40,6 +40,7 @@ if (RUNS.length > 1) section("differences", "Config differences", DATA.differenc
 // Curves
 const curves = section("curves", "Curves", el("p", { class: "soft" }, "Drag to zoom, double-click to reset. The cursor of all charts is at the same step."));
 const sync = uPlot.sync("steps");
+const STEPS = [0, 1, 2, 3, 4, 5, 6, 7, 8].flatMap(power => [1, 2, 5].map(n => n * 10 ** power)); // distances of marks on the step axis
 function chartOf(chart) {
   const shown = [];
   RUNS.forEach((run, i) => chart.names.forEach(n => { if (run.curves[n.name]) shown.push([n, i]); }));
@@ -47,7 +48,7 @@ function chartOf(chart) {
   const columns = shown.map(([n, i]) => { const at = new Map(RUNS[i].steps.map((s, k) => [s, RUNS[i].curves[n.name][k]])); return steps.map(s => at.has(s) ? at.get(s) : null); });
   const box = el("div", { class: "chart", title: chart.names.map(n => n.name + ": " + n.meaning).join("\n") }, el("h4", {}, chart.title, el("span", { class: "soft" }, " " + chart.unit)));
   const axis = { stroke: css("--soft"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") }, size: 55, values: (u, v) => v.map(number) };
-  const options = { width: 330, height: 190, cursor: { sync: { key: sync.key } }, scales: { x: { time: false }, y: { range: (u, low, high) => low === null || low === undefined ? [0, 1] : low === high ? [low - Math.max(0.1, Math.abs(low) / 10), high + Math.max(0.1, Math.abs(high) / 10)] : uPlot.rangeNum(low, high, 0.1, true) } }, axes: [{ ...axis, size: 32 }, axis], legend: { live: true },
+  const options = { width: 330, height: 190, cursor: { sync: { key: sync.key } }, scales: { x: { time: false }, y: { range: (u, low, high) => low === null || low === undefined ? [0, 1] : low === high ? [low - Math.max(0.1, Math.abs(low) / 10), high + Math.max(0.1, Math.abs(high) / 10)] : uPlot.rangeNum(low, high, 0.1, true) } }, axes: [{ ...axis, size: 32, incrs: STEPS }, axis], legend: { live: true },
     series: [{ label: "step" }, ...shown.map(([n, i], k) => ({ label: RUNS.length > 1 ? nameOf(i) + " " + n.name : n.name, stroke: RUNS.length > 1 && chart.names.length === 1 ? css(i ? "--b" : "--a") : COLORS[k % COLORS.length], dash: i ? [6, 4] : [], width: 1.5, spanGaps: true, points: { show: steps.length < 2 || columns[k].filter(v => v !== null).length < 15 }, value: (u, v) => number(v) }))] };
   box.plot = () => { options.width = Math.max(280, box.clientWidth - 16); new uPlot(options, [steps, ...columns], box); box.plot = null; };
   return box;
@@ -86,7 +87,7 @@ function timeline(run) {
       line.ranks[rank].forEach(([phase, start, seconds]) => { g.fillStyle = phaseColor(phase); g.fillRect(x(start), i * row + 2, Math.max(1, x(start + seconds) - x(start)), row - 4); bars.push([x(start), x(start + seconds), i, rank, phase, seconds]); });
     });
     g.fillStyle = css("--soft");
-    for (let k = 0; k <= 5; k++) g.fillText(number(end * k / 5) + " s", Math.min(x(end * k / 5), width - 50), row * ranks.length + 16);
+    for (let k = 0; k <= 5; k++) g.fillText(Number((end * k / 5).toPrecision(3)) + " s", Math.min(x(end * k / 5), width - 50), row * ranks.length + 16);
     canvas.addEventListener("mousemove", e => { const hit = bars.find(b => e.offsetX >= b[0] - 1 && e.offsetX <= b[1] + 1 && Math.floor(e.offsetY / row) === b[2]); if (hit) info.textContent = "rank " + hit[3] + ": " + hit[4] + " " + number(hit[5]) + " s"; });
     holder.replaceChildren(canvas);
   }
@@ -117,8 +118,8 @@ function browser(run) {
   const groups = run.rollouts.groups, unique = f => [...new Set(groups.map(f).filter(x => x !== ""))].sort();
   const select = (label, values) => el("select", { "aria-label": label, name: label }, el("option", { value: "" }, label + ": any"), values.map(v => el("option", { value: v }, v)));
   const step = select("step", [...new Set(groups.map(g => g.step))]), set = select("data source", unique(g => g.data_set)), stop = select("stop reason", [...new Set(groups.flatMap(g => g.answers.map(a => a.stop)))]), deg = select("group", ["degenerate", "mixed"]);
-  const low = el("input", { type: "number", step: "any", placeholder: "reward from", "aria-label": "lowest reward", style: "width:8em" }), high = el("input", { type: "number", step: "any", placeholder: "to", "aria-label": "highest reward", style: "width:6em" });
-  const text = el("input", { type: "search", placeholder: "text in prompt or answers", "aria-label": "text" }), mode = el("select", { "aria-label": "color" }, ["mismatch", "advantage", "plain"].map(m => el("option", { value: m }, "color: " + m)));
+  const low = el("input", { type: "number", step: "any", placeholder: "reward from", "aria-label": "lowest reward", style: "width:9em" }), high = el("input", { type: "number", step: "any", placeholder: "to", "aria-label": "highest reward", style: "width:6em" });
+  const text = el("input", { type: "search", placeholder: "text in prompt or answers", "aria-label": "text", style: "width:15em" }), mode = el("select", { "aria-label": "color" }, ["mismatch", "advantage", "plain"].map(m => el("option", { value: m }, "color: " + m)));
   [...mode.options].forEach((o, i) => { o.value = ["mismatch", "advantage", "plain"][i]; });
   const count = el("span", { class: "soft", id: "count" }), body = el("tbody", {}), more = el("button", {}, "show more");
   const inRange = a => (low.value === "" || (a.reward !== null && a.reward >= Number(low.value))) && (high.value === "" || (a.reward !== null && a.reward <= Number(high.value)));
@@ -141,14 +142,19 @@ function browser(run) {
   [step, set, stop, deg, low, high, text, mode].forEach(f => f.addEventListener("input", () => { limit = 50; fill(); }));
   more.addEventListener("click", () => { limit += 200; fill(); });
   fill();
-  return el("div", {}, el("p", { class: "soft" }, run.rollouts.rule), el("div", { class: "filters" }, step, set, stop, deg, low, high, text, mode, count), el("table", {}, el("thead", {}, el("tr", {}, ["step", "source", "prompt", "mean reward", "group", "end of the prompt"].map(h => el("th", {}, h)))), body), more);
+  return el("div", {}, el("p", { class: "soft" }, run.rollouts.rule), el("div", { class: "filters" }, step, set, stop, deg, low, high, text, mode, count), el("table", { class: "groups" }, el("thead", {}, el("tr", {}, ["step", "source", "prompt", "mean reward", "group", "end of the prompt"].map(h => el("th", {}, h)))), body), more);
 }
 section("rollouts", "Rollouts", RUNS.map((run, i) => [RUNS.length > 1 ? el("h3", {}, nameOf(i)) : null, run.rollouts.groups.length ? browser(run) : el("p", { class: "soft" }, "No rollouts were found.")]).flat());
 
 // Tables
+function guardsOf(run) {
+  const off = Object.keys(run.guards).filter(key => key.endsWith(".action") && run.guards[key] === "off").map(key => key.slice(0, -"action".length));
+  const on = Object.entries(run.guards).filter(([key]) => !off.some(rule => key.startsWith(rule)));
+  return el("div", {}, table(["guard", "value"], on), off.length ? el("p", { class: "soft" }, "Rules that are off: " + off.map(rule => rule.split(".").slice(-2)[0]).join(", ") + ".") : null);
+}
 const each = f => RUNS.flatMap((run, i) => [RUNS.length > 1 ? el("h3", {}, nameOf(i)) : null, f(run)]);
 section("mismatch", "Worst mismatches", each(run => run.worst.length ? table(["step", "prompt", "position", "token", "text", "mismatch (nats)", "log-prob of the engine", "of the policy"], run.worst.map(w => [w.step, w.prompt_index, w.position, w.token, w.text, number(w.mismatch), number(w.sampler), number(w.policy)]), "numbers") : el("p", { class: "soft" }, "No log-probs of the policy are in the rollouts that were read.")));
-section("alarms", "Alarms and guards", each(run => [run.alarms.length ? table(["alarm", "since", "until", "what", "look at"], run.alarms.map(a => [a.name, a.since, a.until === null ? "still" : a.until, a.text, a.look_at])) : el("p", { class: "good" }, "No alarm was raised."), table(["guard", "value"], Object.entries(run.guards))]).flat());
+section("alarms", "Alarms and guards", each(run => [run.alarms.length ? table(["alarm", "since", "until", "what", "look at"], run.alarms.map(a => [a.name, a.since, a.until === null ? "still" : a.until, a.text, a.look_at])) : el("p", { class: "good" }, "No alarm was raised."), guardsOf(run)]).flat());
 section("checkpoints", "Checkpoints", each(run => run.checkpoints.length ? table(["step", "state", "folder"], run.checkpoints.map(c => [c.step, c.complete ? "complete" : "incomplete", c.path])) : el("p", { class: "soft" }, "There are none.")));
 section("config", "Config against the defaults", each(run => [table(["key", "value", "default"], run.config), el("p", { class: "soft" }, run.num_defaults + " other keys have their defaults."), run.changes.length ? table(["after step", "key", "before", "now"], run.changes.map(c => [c.after_step, c.key, c.before, c.now])) : null]).flat());
 section("versions", "Versions, layout and time", each(run => table(["what", "value"], [...Object.entries(run.summary.versions || {}), ...Object.entries(run.summary.layout || {}), ...Object.entries(run.summary.seconds || {}).map(([k, v]) => ["seconds: " + k, number(v)])].map(([k, v]) => [k, v === null ? "not installed" : v]))));

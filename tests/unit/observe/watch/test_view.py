@@ -44,6 +44,20 @@ def test_an_empty_folder_says_that_no_step_is_written(tmp_path: Path) -> None:
     assert lines_of(tmp_path, width=400) == [f"{tmp_path}: no step is written yet"]
 
 
+def test_the_remedies_of_alarms_and_of_the_verdict_are_whole_in_narrow_terminals(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=6)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(metrics_line(s) | {"train/kl": 50}) + "\n" for s in (7, 8, 9))
+    verdict = "did not learn: " + "the rewards of all groups are equal; " * 5 + "look at the rollouts"
+    (folder / "summary.json").write_text(json.dumps({"status": "done", "verdict": verdict}))
+    lines = lines_of(folder, width=50)
+    text = " ".join(" ".join(lines).split())
+    assert "ALARM far from the reference since step 7" in text
+    assert "look at optimizer.lr and algorithm.kl_coef" in text
+    assert f"verdict: {verdict}" in text
+    assert max(map(len, lines)) <= 50
+
+
 def test_a_sparkline_has_the_shape_of_its_values() -> None:
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 80) == "▁▂▃▄▅▆▇█"
     assert sparkline([3.0, 3.0], 80) == "▄▄"
