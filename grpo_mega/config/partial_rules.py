@@ -18,8 +18,8 @@ def check_partial(config: Config) -> None:
         (
             config.engine.placement == "server",
             "engine.placement=server",
-            "engine servers keep no rollouts from one step to the next",
-            "set engine.placement=colocated",
+            "engine servers carry rollouts from one step to the next with train.max_staleness",
+            "set train.max_staleness and remove sampling.partial, or set engine.placement=colocated",
         ),
         (
             sampling.prompts_per_wave is not None,

@@ -33,6 +33,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "sampling.partial",  # the checkpoint holds carried rollouts
         "environment",
         "train.objective",
+        "train.max_staleness",  # the checkpoint holds carried rollouts
         "algorithm.name",
         "algorithm.advantage",  # gae: the checkpoint holds a critic
         "algorithm.ref_update_every",  # the checkpoint holds the reference
@@ -60,6 +61,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "environment.timeout_seconds",
         "optimizer.host_fraction",
         "train.steps",
+        "train.slice_tokens",
         "train.max_tokens_per_microbatch",
         "evaluation.every",
         "weight_sync",

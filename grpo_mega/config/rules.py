@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from grpo_mega.config.algorithm_rules import check_algorithm
+from grpo_mega.config.async_rules import check_asynchrony
 from grpo_mega.config.data_rules import check_data
 from grpo_mega.config.fp8_rules import check_fp8
 from grpo_mega.config.guard_rules import check_guard
@@ -51,6 +52,7 @@ def check(config: Config) -> None:
     check_sft(config)
     check_optimizer(config)
     check_guard(config)
+    check_asynchrony(config)
     check_partial(config)
 
 

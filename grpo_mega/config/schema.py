@@ -58,6 +58,13 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: int = Field(8192, ge=1)
     """Capacity of one packed row, in tokens; at least `data.max_prompt_tokens` + `sampling.max_tokens`, or with
     `objective: sft` at least `data.max_example_tokens`."""
+    max_staleness: int = Field(0, ge=0)
+    """Most updates between the weights that sampled a group's oldest token and those at the start of the step that
+    trains on it. Above 0, engine servers sample while the policy trains (docs/asynchrony.md); then at least the number
+    of updates of a step. 0: a step samples first and trains then."""
+    slice_tokens: int | None = Field(None, ge=1)
+    """With `max_staleness`: tokens that each rollout may sample before a server can be paused for a weight sync. null:
+    a sixteenth of `sampling.max_tokens`, from 16 to 64."""
 
     @property
     def updates_per_step(self) -> int:
@@ -184,6 +191,21 @@ class Config(Section):
     def is_sft(self) -> bool:
         """True for supervised fine-tuning (`train.objective=sft`): the training data are examples, not prompts."""
         return self.train.objective == "sft"
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """True if engine servers sample while the policy trains."""
+        return self.train.max_staleness > 0
+
+    @property
+    def background_slice_tokens(self) -> int:
+        """Tokens of a slice when engine servers sample while the policy trains."""
+        return self.train.slice_tokens or min(64, max(16, self.sampling.max_tokens // 16))
+
+    @property
+    def carries_rollouts(self) -> bool:
+        """True if rollouts are carried from one step to the next, and are part of a checkpoint."""
+        return self.sampling.partial is not None or self.is_asynchronous
 
     @property
     def has_engine(self) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from grpo_mega.observe.metric_row import DATA, LEARNING, ROLLOUTS, Metric
 
 _SETS = "a step with rollouts of the set, with several training sets"
-_PARTIAL = "with `sampling.partial`"
+_ASYNC = "with `train.max_staleness`"
+_PARTIAL = "with `sampling.partial` or `train.max_staleness`"
 _ENVIRONMENT = "every step; 0 without an environment"
 
 ROLLOUT_METRICS: dict[str, Metric] = {
@@ -80,6 +81,27 @@ ROLLOUT_METRICS: dict[str, Metric] = {
     ),
     "rollout/carried_tokens": Metric(
         ROLLOUTS, "tokens per step", "tokens", "tokens of the groups that are carried into the next step", _PARTIAL
+    ),
+    "rollout/ready_groups": Metric(
+        ROLLOUTS,
+        "carried groups",
+        "groups",
+        "complete and scored groups in the buffer when the step took its groups: the depth of the queue",
+        _ASYNC,
+    ),
+    "rollout/policy_wait_seconds": Metric(
+        ROLLOUTS,
+        "waits of policy and servers",
+        "seconds",
+        "time since the step before in which the policy waited for groups or for a pause of sampling, longest rank",
+        _ASYNC,
+    ),
+    "rollout/sampler_wait_seconds": Metric(
+        ROLLOUTS,
+        "waits of policy and servers",
+        "seconds",
+        "time since the step before in which a server had nothing to sample or was paused, longest server",
+        _ASYNC,
     ),
     "rollout/tokens_per_replica/*": Metric(
         ROLLOUTS, "tokens per replica", "tokens", "completion tokens that one replica sampled"

@@ -31,11 +31,11 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.rollout.answer_times import SamplingMeasurement
 from grpo_mega.rollout.carried_rollouts import CarriedRollouts, OpenGroup, PromptOf, PromptShard
-from grpo_mega.rollout.open_rollout import OpenRollout
 from grpo_mega.rollout.sampled_groups import SampledGroups, StepCarry
 from grpo_mega.rollout.sampler import agreed_sampling, derived_seed
 from grpo_mega.rollout.scoring import RolloutScoring
 from grpo_mega.rollout.slices import SliceSampler
+from grpo_mega.rollout.step_quota import StepQuota, gather_step
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
 log = logging.getLogger(__name__)
@@ -111,15 +111,7 @@ class PartialStep:
     ) -> None:
         self._owner, self._request, self._seed_of = owner, request, tuple(seed_of)
         self._version, self._num_slices = owner.policy_version(), 0
-        kept = carried.drop(lambda group: not _fits(group, request), is_second=False)
-        if len(kept.groups) < len(carried.groups):
-            log.warning(
-                "%d carried groups do not fit sampling.group_size=%d and sampling.max_tokens=%d, which were changed; "
-                "their prompts are sampled again",
-                len(carried.groups) - len(kept.groups),
-                request.group_size,
-                request.max_tokens,
-            )
+        kept = drop_unfit(carried, request)
         fresh = kept.drop(self._is_too_old, is_second=True)
         self._num_dropped = len(kept.groups) - len(fresh.groups)
         self._carried = replace(fresh, groups=tuple(group.copy() for group in fresh.groups))
@@ -147,7 +139,7 @@ class PartialStep:
         owner, own = self._owner, int(quotas[self._owner.collectives.ranks.at.share])
         wanted = math.ceil(owner.settings.oversubmit * own)
         self._carried = self._carried.fill(wanted, self._request.group_size, owner.prompt_of)
-        chosen = _Quota(self._carried.groups, own, self._must_end)
+        chosen = StepQuota(self._carried.groups, own, self._must_end)
         sampled = agreed_sampling(lambda: self._sample_own(chosen), owner.collectives, owner.scoring)
         used = chosen.groups()
         taken = set(used)
@@ -156,7 +148,7 @@ class PartialStep:
         with owner.timers.phase("reward"):  # most groups were scored during sampling
             return self._gather(used, quotas, sampled)
 
-    def _sample_own(self, chosen: _Quota) -> dict[int, tuple[Prompt, Completion]]:
+    def _sample_own(self, chosen: StepQuota) -> dict[int, tuple[Prompt, Completion]]:
         """Sample until the quota is reached, and score its groups meanwhile; return (prompt, completion) by key."""
         owner, clock, size = self._owner, self._owner.measurement.times.clock, self._request.group_size
         start = clock()
@@ -175,7 +167,7 @@ class PartialStep:
         owner.measurement.record(start, ends)
         return sampled
 
-    def _sample_slice(self, chosen: _Quota) -> None:
+    def _sample_slice(self, chosen: StepQuota) -> None:
         open_rollouts = [] if chosen.is_reached else chosen.open_rollouts()
         seed = derived_seed(*self._seed_of, self._carried.shard.share, "slice", self._num_slices)
         request = replace(self._request, seed=seed, continues=self._num_slices > 0)
@@ -185,26 +177,15 @@ class PartialStep:
     def _gather(
         self, used: Sequence[OpenGroup], quotas: NDArray[np.int64], sampled: dict[int, tuple[Prompt, Completion]]
     ) -> SampledGroups:
-        owner, size = self._owner, self._request.group_size
-        rollouts, at = owner.scoring.collect(sampled), owner.collectives.ranks.at
-        positions = positions_of_shards(quotas)[at.share]
-        numbers = np.zeros(int(quotas.sum()))
-        if at.engine_tp_rank == 0:
-            numbers[positions] = [group.number for group in used]
-        numbers = owner.collectives.sum(numbers)
-        own = {
-            position * size + member: rollouts[group.number * size + member]
-            for position, group in zip(positions, used, strict=True)
-            for member in range(size)
-            if rollouts
-        }
-        return SampledGroups.gather(
-            [owner.prompt_of(int(number)) for number in numbers.tolist()],
-            size,
-            own,
-            share=at.share,
+        owner = self._owner
+        return gather_step(
+            [group.number for group in used],
+            owner.scoring.collect(sampled),
+            quotas,
+            self._request.group_size,
+            collectives=owner.collectives,
+            prompt_of=owner.prompt_of,
             component_names=owner.component_names,
-            sum_over_ranks=owner.collectives.sum,
         )
 
     def _is_too_old(self, group: OpenGroup) -> bool:
@@ -218,58 +199,6 @@ class PartialStep:
     def _age(self, group: OpenGroup) -> int:
         oldest = group.oldest_version
         return 0 if oldest is None else self._version - oldest
-
-
-class _Quota:
-    """The groups that a shard gives to a step: the first `quota` that are complete.
-
-    Groups that must end have a place kept for them.
-    """
-
-    def __init__(self, groups: Sequence[OpenGroup], quota: int, must_end: Callable[[OpenGroup], bool]) -> None:
-        self._groups, self._quota = groups, quota
-        self._kept = set([group for group in groups if must_end(group)][:quota])
-        self._used: dict[OpenGroup, None] = {}  # ordered
-        self._num_kept_open = len(self._kept)
-
-    @property
-    def is_reached(self) -> bool:
-        """True if as many groups as the quota are used."""
-        return len(self._used) >= self._quota
-
-    def take_done(self) -> list[OpenGroup]:
-        """Use complete groups in their order; return those that were not used before."""
-        new = []
-        for group in self._groups:
-            if self.is_reached:
-                break
-            if group in self._used or not group.is_done:
-                continue
-            is_kept = group in self._kept
-            if is_kept or self._quota - len(self._used) > self._num_kept_open:
-                self._used[group] = None
-                self._num_kept_open -= is_kept
-                new.append(group)
-        return new
-
-    def groups(self) -> list[OpenGroup]:
-        """Return the groups that are used, in the order in which they were begun."""
-        return [group for group in self._groups if group in self._used]
-
-    def open_rollouts(self) -> list[OpenRollout]:
-        """Return the rollouts that are not complete, in their order."""
-        return [rollout for group in self._groups for rollout in group.rollouts if not rollout.is_done]
-
-
-def positions_of_shards(quotas: NDArray[np.int64]) -> list[list[int]]:
-    """Return the positions of each shard's groups in a step: the shards take turns until their quotas are used.
-
-    Args:
-        quotas: [S] groups of each shard.
-    """
-    turns = [(turn, share) for share, quota in enumerate(quotas.tolist()) for turn in range(quota)]
-    places = {each: position for position, each in enumerate(sorted(turns))}
-    return [[places[turn, share] for turn in range(quota)] for share, quota in enumerate(quotas.tolist())]
 
 
 def numbered_prompts(prompts: PromptDataset, prompts_per_step: int, seed: int) -> PromptOf:
@@ -287,6 +216,20 @@ def numbered_prompts(prompts: PromptDataset, prompts_per_step: int, seed: int) -
         return batch(step)[place]
 
     return prompt_of
+
+
+def drop_unfit(carried: CarriedRollouts, request: SamplingRequest) -> CarriedRollouts:
+    """Drop carried groups that do not fit a changed group size or limit of tokens; their prompts are sampled again."""
+    kept = carried.drop(lambda group: not _fits(group, request), is_second=False)
+    if len(kept.groups) < len(carried.groups):
+        log.warning(
+            "%d carried groups do not fit sampling.group_size=%d and sampling.max_tokens=%d, which were changed; "
+            "their prompts are sampled again",
+            len(carried.groups) - len(kept.groups),
+            request.group_size,
+            request.max_tokens,
+        )
+    return kept
 
 
 def _fits(group: OpenGroup, request: SamplingRequest) -> bool:

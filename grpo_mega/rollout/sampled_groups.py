@@ -20,8 +20,23 @@ from grpo_mega.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
+class AsyncWaits:
+    """Queue and waits of a step whose groups were sampled in the background; equal on every rank.
+
+    Attributes:
+        num_ready: complete and scored groups of all shards when the step took its groups.
+        policy_seconds: time for which the policy waited for groups and pauses of sampling, the longest of all ranks.
+        sampler_seconds: time for which a server had nothing to sample or was paused, the longest of all servers.
+    """
+
+    num_ready: int
+    policy_seconds: float
+    sampler_seconds: float
+
+
+@dataclass(frozen=True)
 class StepCarry:
-    """Rollouts that a step with partial rollouts carries into the next one.
+    """Rollouts that a step carries into the next one, with partial rollouts or with sampling in the background.
 
     Attributes:
         rollouts: of this rank's prompt shard.
@@ -29,6 +44,7 @@ class StepCarry:
         num_dropped: groups of all shards that were dropped at the start of the step because of their age.
         num_groups: groups of all shards that are carried into the next step.
         num_tokens: tokens of these groups, with those of environments.
+        waits: with sampling in the background.
     """
 
     rollouts: CarriedRollouts
@@ -36,6 +52,7 @@ class StepCarry:
     num_dropped: int
     num_groups: int
     num_tokens: int
+    waits: AsyncWaits | None = None
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from grpo_mega.rollout.answer_times import AnswerTimes
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.batch import explain_batch
+from grpo_mega.trainer.build_async import background_of
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
 from grpo_mega.trainer.build_rollout import carried_parts, make_source, start_workers
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
@@ -87,6 +88,8 @@ class BuiltJob:
                 lambda state: train(job, state), self.state, lambda state: push_weights(job, state)
             )
             after = evaluate(job, last)
+            if job.background is not None:
+                job.background.close()
             if job.config.checkpoint.export_hf:
                 with job.phases.reading_weights():
                     export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
@@ -165,6 +168,7 @@ def building(
             transfer=RolloutTransfer(collectives),
             cost=rollout_cost(spec),
             trace=trace,
+            background=background_of(groups, stack),
         )
         yield BuiltJob(job, run, model_folder, state, policy, writer, Rollbacker.of(job, run, checkpoints, spec))
 

@@ -26,11 +26,13 @@ from grpo_mega.rewards.base import RewardComponent, build_rewards
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.rollout.answer_times import AnswerTimes, MeasuredGenerator, SamplingMeasurement
 from grpo_mega.rollout.carried_rollouts import CarriedRollouts, PromptShard, redistribute
-from grpo_mega.rollout.dynamic_sampling import GroupSource
+from grpo_mega.rollout.dynamic_sampling import GroupSource, PartialSampling
 from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_rank_within, broadcast_within
 from grpo_mega.rollout.partial_sampler import PartialSampler, numbered_prompts
 from grpo_mega.rollout.sampler import Generator, Sampler
 from grpo_mega.rollout.slices import SliceSampler
+from grpo_mega.trainer.build_async import make_async_sampler
+from grpo_mega.trainer.engine_rebuilds import RebuildableEngine
 from grpo_mega.types import Reward
 
 log = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ def make_sampler(
 
 def make_source(
     config: Config,
-    engine: Engine,
+    engine: RebuildableEngine,
     workers: Workers,
     collectives: ArrayCollectives,
     timers: PhaseTimer,
@@ -129,8 +131,12 @@ def make_source(
     """
     dialogue = make_dialogue(config, engine, workers, collectives.ranks, model_folder)
     sampler = make_sampler(config, engine, workers, collectives, timers, model_folder, dialogue, answers)
-    partial_sampler = None
-    if config.sampling.partial is not None:
+    partial_sampler: PartialSampling | None = None
+    if config.is_asynchronous:
+        partial_sampler = make_async_sampler(
+            config, engine, workers.environments, sampler, dialogue, prompts, timers, model_folder, answers
+        )
+    elif config.sampling.partial is not None:
         measurement = SamplingMeasurement(answers, engine.take_gauges, workers.environments)
         partial_sampler = _partial_sampler(
             config, engine, sampler, dialogue, prompts, timers, model_folder, measurement
@@ -165,14 +171,14 @@ def _partial_sampler(
 
 
 def carried_parts(config: Config, prompts: PromptDataset, ranks: Ranks) -> CarriedParts | None:
-    """Return the files of carried rollouts in a checkpoint; None without `sampling.partial`.
+    """Return the files of carried rollouts in a checkpoint; None if no rollouts are carried from step to step.
 
     Args:
         config: sections sampling, data and run.
         prompts: training prompts.
         ranks: coordinates of this rank.
     """
-    if config.sampling.partial is None:
+    if not config.carries_rollouts:
         return None
     per_step, share = config.data.prompts_per_step, ranks.at.share
     shard = PromptShard(share, ranks.topology.num_shares, per_step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from grpo_mega.interfaces import Engine, SyncPeers, WeightSink
 from grpo_mega.observe.engine_gauges import EngineGauges
@@ -23,6 +23,29 @@ from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+@runtime_checkable
+class ServedEngine(Protocol):
+    """The additional method of an engine that runs in a server."""
+
+    def generate_on_this_rank(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+        *,
+        is_cancelled: Callable[[], bool],
+    ) -> list[list[Completion]]:
+        """Sample without the other ranks of the job, with an engine server.
+
+        Args:
+            prompts: see `Engine.generate`, and so are `sampling` and `on_completion`.
+            sampling: of the call.
+            on_completion: called with each completion.
+            is_cancelled: asked at least every second; True ends the call with a RuntimeError.
+        """
+        ...
 
 
 class RebuildableEngine:
@@ -77,6 +100,26 @@ class RebuildableEngine:
     ) -> list[list[Completion]]:
         """Sample; see `Engine.generate`."""
         return self._engine.generate(prompts, sampling, on_completion)
+
+    def generate_on_this_rank(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+        *,
+        is_cancelled: Callable[[], bool],
+    ) -> list[list[Completion]]:
+        """Sample without the other ranks of the job, with an engine server.
+
+        Args:
+            prompts: see `Engine.generate`, and so are `sampling` and `on_completion`.
+            sampling: of the call.
+            on_completion: called with each completion.
+            is_cancelled: asked at least every second; True ends the call with a RuntimeError.
+        """
+        engine = self._engine
+        assert isinstance(engine, ServedEngine), "only servers sample in the background"
+        return engine.generate_on_this_rank(prompts, sampling, on_completion, is_cancelled=is_cancelled)
 
     def take_gauges(self) -> EngineGauges:
         """Return the gauges since the last call."""

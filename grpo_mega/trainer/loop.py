@@ -8,6 +8,7 @@ Asserted by tests/unit/trainer/test_loop.py and tests/e2e/test_resume.py.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from grpo_mega.interfaces import Critic, Policy
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.rollout.async_sampler import AsyncSampler
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampled_groups import SampledGroups
@@ -44,7 +46,8 @@ class TrainerState:
     """Objects of one run on this rank.
 
     `evaluator` is None without held-out prompts. `critic` is None unless `algorithm.advantage` is gae. `cost` has the
-    operations of a rollout, by which the work is balanced.
+    operations of a rollout, by which the work is balanced. `background` is set if servers sample while the policy
+    trains.
     """
 
     config: Config
@@ -66,6 +69,7 @@ class TrainerState:
     transfer: RolloutTransfer
     trace: RunTrace
     cost: RolloutCost = field(default_factory=RolloutCost)
+    background: AsyncSampler | None = None
 
 
 def train(job: TrainerState, state: LoopState) -> LoopState:
@@ -106,7 +110,7 @@ def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
     carried = None if groups.carry is None else groups.carry.rollouts
     state = state.after(step, len(updates), objective.next_kl_coef(updates), carried)
     job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
-    synced = push_weights(job, state)
+    synced = push_between_slices(job, state)
     evaluate_if_due(job, state)
     kl_coef = objective.algorithm.kl_coef
     waited = job.saves.wait_seconds
@@ -162,8 +166,10 @@ def evaluate(job: TrainerState, state: LoopState) -> Evaluation | None:
     if evaluator is None:
         return None
 
+    paused = nullcontext if job.background is None else job.background.evaluating
+
     def sample() -> Evaluation:
-        with job.phases.sampling(), job.timers.phase("evaluation"):
+        with job.phases.sampling(), job.timers.phase("evaluation"), paused():
             return evaluator.evaluate()
 
     return job.engines.sample(sample, lambda: push_weights(job, state))
@@ -216,6 +222,23 @@ def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:
         return job.sync.push(
             state.policy_version, verify=verify == "every" or (verify == "first" and not job.sync.count)
         )
+
+
+def push_between_slices(job: TrainerState, state: LoopState) -> SyncReport:
+    """Send the policy's weights as `push_weights`, while sampling in the background is paused. Collective.
+
+    Raises:
+        WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.sample`.
+    """
+    if job.background is None:
+        return push_weights(job, state)
+    paused = job.background.syncing
+
+    def push() -> SyncReport:
+        with paused():
+            return push_weights(job, state)
+
+    return job.engines.sample(push, lambda: push_weights(job, state))
 
 
 def evaluate_if_due(job: TrainerState, state: LoopState) -> None:

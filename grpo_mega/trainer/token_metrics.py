@@ -53,9 +53,18 @@ def staleness_of(tokens: RolloutTokens, carry: StepCarry) -> NDArray[np.float64]
 
 
 def staleness_metrics(parts: NDArray[np.float64], carry: StepCarry) -> dict[str, float]:
-    """Return the metrics of partial rollouts from the `staleness_of` of all ranks, [ranks, K]."""
-    count = max(1.0, parts[:, 3].sum())
-    return {
+    """Return the metrics of carried rollouts from the `staleness_of` of all ranks, [ranks, K]."""
+    count, waits = max(1.0, parts[:, 3].sum()), carry.waits
+    of_buffer = (
+        {}
+        if waits is None
+        else {
+            "rollout/ready_groups": float(waits.num_ready),
+            "rollout/policy_wait_seconds": waits.policy_seconds,
+            "rollout/sampler_wait_seconds": waits.sampler_seconds,
+        }
+    )
+    return of_buffer | {
         "rollout/staleness_mean": float(parts[:, 0].sum() / count),
         "rollout/staleness_max": float(parts[:, 1].max()),
         "rollout/carried_fraction": float(parts[:, 2].sum() / count),

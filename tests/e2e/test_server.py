@@ -46,7 +46,8 @@ def server_overrides(server: RunningServer) -> tuple[str, ...]:
 
 
 def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: RunningServer, tmp_path: Path) -> None:
-    for name, more in (("here", (LIMIT,)), ("there", server_overrides(server)), ("again", server_overrides(server))):
+    synchronous = (*server_overrides(server), "train.max_staleness=0")
+    for name, more in (("here", (LIMIT,)), ("there", server_overrides(server)), ("again", synchronous)):
         run_job_successfully(
             *SMALL, *more, "train.steps=3", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log"
         )

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from grpo_mega.types import Completion, Prompt, SamplingRequest
+from grpo_mega.data.dataset import DataSet, PromptDataset
+from grpo_mega.rewards.inputs import ScoringRow
+from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
 
 EOS = 0
+
+
+def random_lengths(num_prompts: int = 400, mean_of: Callable[[int], int] = lambda i: 2 + 9 * (i % 3)) -> PromptDataset:
+    """Return prompts whose answers by RandomEngine have the mean length `mean_of(index)`."""
+    return PromptDataset((DataSet("d", tuple(Prompt(i, f"q{i}", (mean_of(i),), "") for i in range(num_prompts))),))
+
+
+class RecordingScorer:
+    """Scorer whose reward is `reward_of(prompt, member of the key)`; counts what it scores."""
+
+    def __init__(
+        self, group_size: int, reward_of: Callable[[int, int], float] = lambda _, member: float(member)
+    ) -> None:
+        self.scored: Counter[int] = Counter()
+        self._group_size, self._reward_of, self._open = group_size, reward_of, dict[int, Reward]()
+
+    def submit_row(self, key: int, row: ScoringRow) -> None:
+        assert row.index is not None
+        self.scored[key] += 1
+        self._open[key] = Reward(self._reward_of(row.index, key % self._group_size), {"exact": 1.0})
+
+    def collect(self) -> dict[int, Reward]:
+        found, self._open = self._open, {}
+        return found
 
 
 class RandomEngine:

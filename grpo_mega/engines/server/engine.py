@@ -36,6 +36,7 @@ from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_peers
 from grpo_mega.parallel.ports import is_loopback
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
 
+_CANCEL_SECONDS = 1.0
 _PATIENCE_SHARE = 0.8  # of the timeout: the ranks that wait for the connecting rank have the whole timeout
 
 
@@ -148,7 +149,42 @@ class ServerEngine:
         """
         self._check_ready(prompts, sampling)
         limits = OutputLimits("the engine server", self._vocab_size, self.policy_version)
-        return in_groups(self._rollouts(prompts, sampling), prompts, sampling, limits, on_completion)
+        received = self._receive_rollouts(prompts, sampling, self._ranks.beat_seconds)
+        rollouts = self._checked(self._ranks.broadcast_stream(received))
+        return in_groups(rollouts, prompts, sampling, limits, on_completion)
+
+    def generate_on_this_rank(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+        *,
+        is_cancelled: Callable[[], bool],
+    ) -> list[list[Completion]]:
+        """Sample on the first rank of a group, in any thread, without the other ranks of the group.
+
+        No other call may use the server meanwhile. It works while the engine is asleep: a server has devices of its
+        own. Arguments and errors are those of `generate`.
+
+        Args:
+            prompts: see `generate`.
+            sampling: see `generate`.
+            on_completion: see `generate`.
+            is_cancelled: asked at least every second; True ends the call with a RuntimeError.
+        """
+        assert self._client is not None, "only the first rank of a group has a connection to its server"
+        require_ready((), updating=self._sink.updating, policy_version=self.policy_version)
+        self._check_request(prompts, sampling)
+
+        def received() -> Iterator[tuple[int, int, Completion]]:
+            for rollout in self._receive_rollouts(prompts, sampling, _CANCEL_SECONDS):
+                if is_cancelled():
+                    raise RuntimeError("the call was cancelled")
+                if rollout is not None:
+                    yield rollout
+
+        limits = OutputLimits("the engine server", self._vocab_size, self.policy_version)
+        return in_groups(self._checked(received()), prompts, sampling, limits, on_completion)
 
     def take_gauges(self) -> EngineGauges:
         """Return the server's gauges since the last call; empty on all ranks of the group but the first."""
@@ -224,14 +260,17 @@ class ServerEngine:
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
         require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
+        self._check_request(prompts, sampling)
+
+    def _check_request(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
         if sampling.expert_choices and not self._tell_experts:
             raise ValueError("expert_choices is not supported by servers started without algorithm.routing_replay")
         check_lengths(prompts, sampling, self._max_model_len)
 
-    def _rollouts(
-        self, prompts: Sequence[Prompt], sampling: SamplingRequest
+    def _checked(
+        self, rollouts: Iterator[tuple[int, int, Completion]]
     ) -> Generator[tuple[int, int, Completion], None, None]:
-        for position, member, completion in self._ranks.broadcast_stream(self._receive_rollouts(prompts, sampling)):
+        for position, member, completion in rollouts:
             if completion.policy_version != self.policy_version:
                 raise RuntimeError(
                     f"an engine server sampled with weights of version {completion.policy_version}, but the policy "
@@ -241,12 +280,12 @@ class ServerEngine:
             yield position, member, completion
 
     def _receive_rollouts(
-        self, prompts: Sequence[Prompt], sampling: SamplingRequest
+        self, prompts: Sequence[Prompt], sampling: SamplingRequest, heartbeat_seconds: float
     ) -> Iterator[tuple[int, int, Completion] | None]:
         if self._client is None:
             return
         command = sample_command(prompts, sampling, self.policy_version)
-        for reply in self._client.stream(command, self._ranks.beat_seconds):
+        for reply in self._client.stream(command, heartbeat_seconds):
             yield None if reply is None else (reply.position, reply.member, read_completion(reply))
 
 

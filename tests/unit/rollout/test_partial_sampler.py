@@ -10,47 +10,25 @@ import numpy as np
 import pytest
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.dataset import DataSet, PromptDataset
+from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.interfaces import Engine
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rollout.answer_times import AnswerTimes, SamplingMeasurement
 from grpo_mega.rollout.carried_rollouts import CarriedRollouts
 from grpo_mega.rollout.dynamic_sampling import GroupSource
-from grpo_mega.rollout.partial_sampler import PartialSampler, numbered_prompts, positions_of_shards
+from grpo_mega.rollout.partial_sampler import PartialSampler, numbered_prompts
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.rollout.scoring import RolloutScoring
 from grpo_mega.rollout.slices import SliceSampler
+from grpo_mega.rollout.step_quota import positions_of_shards
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
-from grpo_mega.types import Prompt, Reward
 from tests.helpers.planner_cases import config_of
-from tests.helpers.scripted_slices import RandomEngine
+from tests.helpers.scripted_slices import RandomEngine, RecordingScorer, random_lengths
 from tests.helpers.thread_ranks import on_ranks, one_rank
 
 PER_STEP, SIZE, UPDATES = 4, 2, 2
-
-
-class RecordingScorer:
-    """Scorer whose reward is `reward_of(prompt, member of the key)`; counts what it scores."""
-
-    def __init__(self, reward_of: Callable[[int, int], float] = lambda _, member: float(member)) -> None:
-        self.scored: Counter[int] = Counter()
-        self._reward_of, self._open = reward_of, dict[int, Reward]()
-
-    def submit_row(self, key: int, row: ScoringRow) -> None:
-        assert row.index is not None
-        self.scored[key] += 1
-        self._open[key] = Reward(self._reward_of(row.index, key % SIZE), {"exact": 1.0})
-
-    def collect(self) -> dict[int, Reward]:
-        found, self._open = self._open, {}
-        return found
-
-
-def dataset(num_prompts: int = 400, mean_of: Callable[[int], int] = lambda i: 2 + 9 * (i % 3)) -> PromptDataset:
-    return PromptDataset((DataSet("d", tuple(Prompt(i, f"q{i}", (mean_of(i),), "") for i in range(num_prompts))),))
 
 
 def config(**changed: Any) -> Config:
@@ -74,8 +52,8 @@ class Run:
         scorer: RecordingScorer | None = None,
         any_unfinished: Callable[[bool], bool] = bool,
     ) -> None:
-        data, at = data or dataset(), transfer.ranks.at
-        self.engine, self.scorer = RandomEngine(), scorer or RecordingScorer()
+        data, at = data or random_lengths(), transfer.ranks.at
+        self.engine, self.scorer = RandomEngine(), scorer or RecordingScorer(SIZE)
         sampler = PartialSampler(
             SliceSampler(cast("Engine", self.engine), settings.sampling.slice_tokens, 64, lambda ids: f"{len(ids)}"),
             RolloutScoring(self.scorer if at.engine_tp_rank == 0 else None, at.replica),
@@ -101,7 +79,7 @@ class Run:
 
 def order(num: int, seed: int) -> list[int]:
     """Return the prompts of the numbers 0 to num - 1."""
-    prompt_of = numbered_prompts(dataset(), PER_STEP, seed)
+    prompt_of = numbered_prompts(random_lengths(), PER_STEP, seed)
     return [prompt_of(number).index for number in range(num)]
 
 
@@ -172,7 +150,7 @@ def test_a_step_is_a_function_of_weights_seed_step_and_carried_rollouts() -> Non
     begun = len(first.engine.calls)
     expected = first.step(4)
     assert first.carried.to_bytes() != content
-    prompt_of = numbered_prompts(dataset(), PER_STEP, 0)
+    prompt_of = numbered_prompts(random_lengths(), PER_STEP, 0)
     second.carried = CarriedRollouts.from_bytes(content, prompt_of)
     second.engine.policy_version = 3 * UPDATES
     found = second.step(4)
@@ -195,7 +173,7 @@ def test_the_state_before_a_step_is_not_changed_by_it() -> None:
 
 def test_surplus_groups_are_used_first_and_count_in_the_order_in_which_they_were_begun() -> None:
     """All answers end in the first slice: a step uses the first groups, the next one the rest without sampling."""
-    run = Run(config(settings={"oversubmit": 2.0}), one_rank(), dataset(mean_of=lambda _: 1))
+    run = Run(config(settings={"oversubmit": 2.0}), one_rank(), random_lengths(mean_of=lambda _: 1))
     known = order(3 * PER_STEP, 0)
     assert run.step(1).table.prompt_index[::SIZE].tolist() == known[:PER_STEP]
     assert len(run.engine.calls) == 1
@@ -239,7 +217,7 @@ def test_all_ranks_agree_on_the_step_and_no_shard_depends_on_another(topology: T
 def test_degenerate_groups_are_replaced_by_groups_in_progress() -> None:
     """Every second prompt has equal rewards. What is dropped was used: its prompt does not come again."""
     settings = config(algorithm={"degenerate": "refill", "refill_rounds": 4, "name": "grpo"})
-    run = Run(settings, one_rank(), scorer=RecordingScorer(lambda index, member: float(member * (index % 2))))
+    run = Run(settings, one_rank(), scorer=RecordingScorer(SIZE, lambda index, member: float(member * (index % 2))))
     seen: list[int] = []
     discarded = 0
     for step in range(1, 8):
@@ -254,7 +232,7 @@ def test_degenerate_groups_are_replaced_by_groups_in_progress() -> None:
 
 
 def test_fewer_prompts_than_groups_in_progress_give_a_prompt_twice_in_other_epochs() -> None:
-    run = Run(config(settings={"oversubmit": 3.0}), one_rank(), dataset(5))
+    run = Run(config(settings={"oversubmit": 3.0}), one_rank(), random_lengths(5))
     seen: Counter[int] = Counter()
     for step in range(1, 11):
         seen.update(run.step(step).table.prompt_index[::SIZE].tolist())

@@ -1,0 +1,208 @@
+"""Gives a step its groups while an engine server samples those of later steps (`train.max_staleness`).
+
+The first rank of each prompt shard has the threads that sample (background_sampler.py) and their buffer
+(rollout_buffer.py). The methods here are collective, and are called by the training loop: all ranks wait for the groups
+of a step, pause sampling for a weight sync or an evaluation, and raise a failure of any shard together.
+
+A step is not a function of the seed: it depends on the speed of policy and servers. Every prompt is trained once: the
+checkpoint of a step holds the buffer as it was when the step took its groups.
+Asserted by tests/unit/rollout/test_async_sampler.py and tests/e2e/test_asynchrony.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from grpo_mega.config.schema import Config
+from grpo_mega.observe.engine_gauges import EngineGauges
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.array_collectives import ArrayCollectives
+from grpo_mega.rollout.background_sampler import BackgroundSampler, SliceRequest
+from grpo_mega.rollout.carried_rollouts import CarriedRollouts, PromptOf, PromptShard
+from grpo_mega.rollout.partial_sampler import drop_unfit
+from grpo_mega.rollout.rollout_buffer import BufferMetrics, TakenGroups
+from grpo_mega.rollout.sampled_groups import AsyncWaits, SampledGroups, StepCarry
+from grpo_mega.rollout.sampler import SamplingFailedError
+from grpo_mega.rollout.step_quota import gather_step
+from grpo_mega.types import SamplingRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class AsyncSampler:
+    """Sampler of this rank.
+
+    Attributes:
+        make_background: builds the threads from the groups to begin with; None on all ranks of a shard but the first.
+        collectives: of this rank.
+        timers: timer of the phase `reward`.
+        config: sections train, data and guard.
+        prompt_of: returns the prompt of a number (carried_rollouts.py).
+        policy_version: returns the number of updates behind the engine's weights.
+        add_gauges: adds the gauges of the engine to those of the step.
+        component_names: names of all reward terms, in the order of the config.
+        beat_seconds: longest wait of a rank between two exchanges with the others.
+    """
+
+    make_background: Callable[[CarriedRollouts], BackgroundSampler] | None
+    collectives: ArrayCollectives
+    timers: PhaseTimer
+    config: Config
+    prompt_of: PromptOf
+    policy_version: Callable[[], int]
+    add_gauges: Callable[[EngineGauges], None]
+    component_names: Sequence[str] = ()
+    beat_seconds: float = 1.0
+    background: BackgroundSampler | None = field(default=None, init=False)
+    wait_seconds: float = field(default=0.0, init=False)
+    """Time for which the policy has waited for groups and for pauses since the last step."""
+
+    @property
+    def shards(self) -> list[PromptShard]:
+        """All prompt shards."""
+        count = self.collectives.ranks.topology.num_shares
+        return [PromptShard(i, count, self.config.data.prompts_per_step) for i in range(count)]
+
+    @property
+    def shard(self) -> PromptShard:
+        """Prompt shard of this rank."""
+        return self.shards[self.collectives.ranks.at.share]
+
+    def begin(self, step: int, carried: object, request: SamplingRequest, seed_of: Sequence[object]) -> AsyncStep:
+        """Begin a step. The first call of a run starts to sample.
+
+        Args:
+            step: its number.
+            carried: what the step before has left, of the checkpoint from which the run continues; None: nothing. Later
+                calls do not read it: the buffer holds more.
+            request: group size, temperature and limits.
+            seed_of: values from which, with prompt shard and slice, the seeds are derived.
+        """
+        if self.make_background is not None:
+            if self.background is None:
+                if carried is None:
+                    carried = CarriedRollouts.after_step(step - 1, self.shard)
+                assert isinstance(carried, CarriedRollouts), f"carried rollouts of type {type(carried).__name__}"
+                self.background = self.make_background(drop_unfit(carried, request))
+            self.background.buffer.begin_step(self.policy_version())
+            self.background.start(SliceRequest(request, (*seed_of, self.shard.share)))
+        return AsyncStep(self, step, request)
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """Pause sampling for a weight sync; the sampler continues with the new weights. Collective.
+
+        Raises:
+            SamplingFailedError: on every rank, if sampling has failed on one.
+        """
+        with self._paused(["sampling"]):
+            yield
+            if self.background is not None:
+                self.background.weights_changed()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Pause sampling and scoring for an evaluation, which uses the same server and workers. Collective.
+
+        Raises:
+            SamplingFailedError: on every rank, if sampling has failed on one.
+        """
+        with self._paused(["sampling", "scoring"]):
+            yield
+
+    @contextmanager
+    def _paused(self, names: Sequence[str]) -> Iterator[None]:
+        start = time.monotonic()
+        with nullcontext() if self.background is None else self.background.paused(names):
+            self.wait_seconds += time.monotonic() - start
+            self.require_running()
+            yield
+
+    def require_running(self, *, is_waiting: bool = False) -> bool:
+        """Return True if an argument is True on any rank. Collective.
+
+        Raises:
+            SamplingFailedError: on every rank, if sampling has failed on one. The threads of all ranks are stopped.
+        """
+        ranks, background = self.collectives.ranks, self.background
+        failure = None if background is None else background.failure
+        mine = np.zeros(self.collectives.world_size + 1)
+        mine[ranks.rank] = failure is not None
+        mine[-1] = is_waiting
+        found = self.collectives.sum(mine)
+        failed = np.flatnonzero(found[:-1]).tolist()
+        if not failed:
+            return bool(found[-1])
+        self.close()
+        where = f"rank {', '.join(map(str, failed))}"
+        reason = "the log of that rank has the reason" if failure is None else f"{type(failure).__name__}: {failure}"
+        raise SamplingFailedError(f"sampling failed on {where}: {reason}")
+
+    def close(self) -> None:
+        """End the threads. `begin` starts them again, with the same groups."""
+        if self.background is not None:
+            self.background.stop()
+
+
+class AsyncStep:
+    """Sampling of one step. Its methods are collective.
+
+    Args:
+        owner: sampler of this rank.
+        step: number of the step.
+        request: group size, temperature and limits.
+    """
+
+    def __init__(self, owner: AsyncSampler, step: int, request: SamplingRequest) -> None:
+        self._owner, self._request = owner, request
+        self._version = owner.policy_version()
+        self._rest = CarriedRollouts.after_step(step, owner.shard)  # on ranks that do not sample
+        self._metrics = BufferMetrics()
+
+    def first(self) -> SampledGroups:
+        """Wait for the groups of the step, and return them."""
+        owner, start, is_ready = self._owner, time.monotonic(), False
+        while True:
+            background = owner.background
+            is_ready = background is None or background.wait_until_ready(owner.beat_seconds)
+            if not owner.require_running(is_waiting=not is_ready):
+                break
+        owner.wait_seconds += time.monotonic() - start
+        taken = TakenGroups((), {}, self._rest)
+        if background is not None:
+            taken = background.buffer.get()
+            self._rest, self._metrics = taken.rest, background.buffer.metrics()
+            owner.add_gauges(background.take_gauges())
+        with owner.timers.phase("reward"):
+            groups = gather_step(
+                taken.numbers,
+                taken.rollouts,
+                np.array([shard.quota for shard in owner.shards], dtype=np.int64),
+                self._request.group_size,
+                collectives=owner.collectives,
+                prompt_of=owner.prompt_of,
+                component_names=owner.component_names,
+            )
+        discarded = owner.collectives.sum(np.array([float(self._metrics.discarded)]))
+        return replace(groups, num_discarded=int(discarded[0]))
+
+    def refill(self, groups: SampledGroups, places: Sequence[int]) -> SampledGroups | None:
+        """Return None: degenerate groups were replaced when they were put into the buffer."""
+        return None
+
+    def finish(self, groups: SampledGroups) -> SampledGroups:
+        """Return the groups with what the buffer holds besides them, and with the waits since the last step."""
+        owner, rest, metrics = self._owner, self._rest, self._metrics
+        waited, owner.wait_seconds = owner.wait_seconds, 0.0
+        counts = [metrics.dropped, len(rest.groups), rest.num_tokens, metrics.ready, metrics.wait_seconds]
+        found = owner.collectives.gather(np.array([*map(float, counts), waited]))
+        dropped, num_groups, num_tokens, ready = (int(n) for n in found[:, :4].sum(axis=0).tolist())
+        waits = AsyncWaits(ready, float(found[:, 5].max()), float(found[:, 4].max()))
+        return replace(groups, carry=StepCarry(rest, self._version, dropped, num_groups, num_tokens, waits))

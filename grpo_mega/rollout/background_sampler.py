@@ -1,0 +1,202 @@
+"""Samples the rollouts of a prompt shard in the background, while the policy trains.
+
+One thread samples slices of all open groups (slices.py), and another one scores complete groups, so that a slow reward
+delays no slice. Both are paused between two calls of the engine: for a weight sync the sampling thread, for an
+evaluation both. Each slice is begun with whole rollouts, whose tokens keep the version of their weights; after a weight
+sync the engine computes the KV cache of the tokens so far again.
+Asserted by tests/unit/rollout/test_async_sampler.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from grpo_mega.observe.engine_gauges import EngineGauges
+from grpo_mega.observe.log import FILE_ONLY
+from grpo_mega.rollout.carried_rollouts import OpenGroup
+from grpo_mega.rollout.rollout_buffer import RolloutBuffer
+from grpo_mega.rollout.sampler import derived_seed
+from grpo_mega.rollout.scoring import RolloutScoring
+from grpo_mega.rollout.slices import SliceSampler
+from grpo_mega.types import Completion, Prompt, SamplingRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SliceRequest:
+    """Request of the slices of a step.
+
+    Attributes:
+        request: group size, temperature and limits; its seed is replaced.
+        seed_of: values from which, with the number of the slice, the seeds are derived.
+    """
+
+    request: SamplingRequest
+    seed_of: tuple[object, ...]
+
+
+class BackgroundSampler:
+    """Threads of the first rank of a prompt shard. `start` and `stop` may be called in turn.
+
+    Args:
+        buffer: holds all groups.
+        slices: samples with the engine of this rank, without other ranks.
+        scoring: scores complete groups.
+        take_gauges: returns the gauges of the engine since the last call.
+        cancelled: set to end the present call of the engine with an error.
+    """
+
+    def __init__(
+        self,
+        buffer: RolloutBuffer,
+        slices: SliceSampler,
+        scoring: RolloutScoring,
+        take_gauges: Callable[[], EngineGauges],
+        cancelled: threading.Event,
+    ) -> None:
+        self.buffer, self._slices, self._scoring = buffer, slices, scoring
+        self._take_gauges, self._cancelled = take_gauges, cancelled
+        self._changed = buffer.changed
+        self.threads: list[threading.Thread] = []
+        """The threads between `start` and `stop`."""
+        self._is_stopping = False
+        self._pauses = {"sampling": 0, "scoring": 0}
+        self._busy = {"sampling": False, "scoring": False}
+        self._request: SliceRequest | None = None
+        self._num_slices = 0  # of the present step
+        self._has_cache = False  # the engine has computed tokens of the open groups with its present weights
+        self._gauges = EngineGauges()
+        self.failure: Exception | None = None
+        """Exception of a thread, which ended both; None while they run."""
+
+    def start(self, request: SliceRequest) -> None:
+        """Continue with the request of a step; start the threads if they do not run."""
+        with self._changed:
+            self._request, self._num_slices = request, 0
+            if self.threads:
+                return
+            self._is_stopping, self._has_cache, self.failure = False, False, None
+            self._cancelled.clear()
+            for name, work in (("sampling", self._sample_all), ("scoring", self._score_all)):
+                self.threads.append(threading.Thread(target=self._run, args=(work,), name=name, daemon=True))
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads; only the tokens of the slice in progress are lost. A second call does nothing."""
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify_all()
+        self._cancelled.set()
+        for thread in self.threads:
+            thread.join()
+        self.threads = []
+        self.buffer.requeue_scoring()
+
+    @contextmanager
+    def paused(self, names: Sequence[str]) -> Iterator[None]:
+        """Wait until the threads of these names are between two calls, and let them wait there.
+
+        Args:
+            names: `sampling`, `scoring` or both.
+        """
+        with self._changed:
+            for name in names:
+                self._pauses[name] += 1
+            while any(self._busy[name] for name in names):
+                self._changed.wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                for name in names:
+                    self._pauses[name] -= 1
+                self._changed.notify_all()
+
+    def weights_changed(self) -> None:
+        """Note that the engine has new weights. Sampling must be paused."""
+        self._has_cache = False
+        self.buffer.weights_changed()
+
+    def wait_until_ready(self, seconds: float) -> bool:
+        """Wait for the groups of a step, at most for `seconds`; return True if they are complete and scored."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or self.buffer.is_ready(), seconds)
+            return self.buffer.is_ready()
+
+    def take_gauges(self) -> EngineGauges:
+        """Return the gauges of the engine since the last call."""
+        with self._changed:
+            taken, self._gauges = self._gauges, EngineGauges()
+            return taken
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # engines and rewards raise anything; the step that waits raises it on all ranks
+            with self._changed:
+                if self.failure is None and not self._is_stopping:
+                    log.warning("sampling in the background failed", exc_info=error, extra=FILE_ONLY)
+                    self.failure = error
+                self._is_stopping = True
+        finally:
+            with self._changed:
+                self._busy[threading.current_thread().name] = False
+                self._changed.notify_all()
+
+    def _sample_all(self) -> None:
+        while groups := self._next("sampling", self.buffer.groups_to_sample):
+            self._sample_slice(groups)
+            self._done("sampling")
+
+    def _sample_slice(self, groups: Sequence[OpenGroup]) -> None:
+        assert self._request is not None, "start comes first"
+        with self._changed:
+            request, seed_of, number = self._request.request, self._request.seed_of, self._num_slices
+            self._num_slices += 1
+        copies = {group: group.copy() for group in groups}
+        open_rollouts = [rollout for copy in copies.values() for rollout in copy.rollouts if not rollout.is_done]
+        seed = derived_seed(*seed_of, "slice", number)
+        self._slices.sample(open_rollouts, replace(request, seed=seed, continues=self._has_cache))
+        gauges = self._take_gauges()
+        with self._changed:
+            self._has_cache = True
+            self._gauges.add(gauges)
+        self.buffer.continued(copies)
+
+    def _score_all(self) -> None:
+        while groups := self._next("scoring", self.buffer.groups_to_score):
+            sampled: dict[int, tuple[Prompt, Completion]] = {}
+            for group in groups:
+                for rollout in group.rollouts:
+                    key, completion = len(sampled), rollout.completion(self._slices.text_of)
+                    sampled[key] = (rollout.prompt, completion)
+                    self._scoring.submit(key, rollout.prompt, completion)
+            rollouts = iter(self._scoring.collect(sampled).values())
+            for group in groups:
+                self.buffer.put(group, [next(rollouts) for _ in group.rollouts])
+            self._done("scoring")
+
+    def _next(self, name: str, find: Callable[[], list[OpenGroup]]) -> list[OpenGroup]:
+        """Wait until the thread is not paused and has groups, and return them; empty: the thread ends."""
+        with self._changed:
+            while not self._is_stopping:
+                if not self._pauses[name] and (groups := find()):
+                    self._busy[name] = True
+                    return groups
+                start = time.monotonic()
+                self._changed.wait()
+                if name == "sampling":
+                    self.buffer.add_wait(time.monotonic() - start)
+        return []
+
+    def _done(self, name: str) -> None:
+        with self._changed:
+            self._busy[name] = False
+            self._changed.notify_all()

@@ -1,0 +1,218 @@
+"""The buffer between an engine server that samples and a policy that trains: groups in progress and complete groups.
+
+`put` decides which scored groups are kept, `get` decides which groups are too old, and `metrics` counts both. A group
+that is open has a place in the buffer too, so the content of the buffer, which a checkpoint saves, and the number of
+prompts that were begun say which prompts were used. All methods may be called by any thread.
+Asserted by tests/unit/rollout/test_rollout_buffer.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from grpo_mega.rollout.carried_rollouts import CarriedRollouts, OpenGroup, PromptOf
+from grpo_mega.rollout.step_quota import StepQuota
+from grpo_mega.types import Rollout
+
+
+@dataclass(frozen=True)
+class BufferLimits:
+    """Limits of a buffer.
+
+    Attributes:
+        quota: groups that the shard gives to a step.
+        group_size: rollouts of each group.
+        max_staleness: most updates between the weights of a group's oldest token and those of the step that uses it.
+        updates_per_step: updates of a step.
+        max_discarded: most degenerate groups that are discarded between two steps; 0: they are kept.
+    """
+
+    quota: int
+    group_size: int
+    max_staleness: int
+    updates_per_step: int
+    max_discarded: int = 0
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps by which sampling may be ahead of training."""
+        return self.max_staleness // self.updates_per_step
+
+
+@dataclass(frozen=True)
+class BufferMetrics:
+    """Counts since the last call of `RolloutBuffer.metrics`.
+
+    Attributes:
+        ready: complete and scored groups when the step took its groups.
+        dropped: groups that were dropped because of their age.
+        discarded: degenerate groups that were replaced by others.
+        wait_seconds: time for which the sampler had nothing to sample or was paused.
+    """
+
+    ready: int = 0
+    dropped: int = 0
+    discarded: int = 0
+    wait_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TakenGroups:
+    """Groups that a step trains on.
+
+    Attributes:
+        numbers: of their prompts, in the order in which the groups were begun.
+        rollouts: by number * group_size + member.
+        rest: what the buffer holds without them, for a checkpoint of this step.
+    """
+
+    numbers: Sequence[int]
+    rollouts: Mapping[int, Rollout]
+    rest: CarriedRollouts
+
+
+class RolloutBuffer:
+    """Groups of one prompt shard.
+
+    `changed` is notified after every change and guards all fields; a method that is called while it is held works too.
+
+    Args:
+        carried: groups and prompts to begin with.
+        limits: of the buffer.
+        prompt_of: returns the prompt of a number.
+        is_degenerate: True if the rewards of a group give no training signal.
+    """
+
+    def __init__(
+        self,
+        carried: CarriedRollouts,
+        limits: BufferLimits,
+        prompt_of: PromptOf,
+        is_degenerate: Callable[[Sequence[Rollout]], bool],
+    ) -> None:
+        self.changed = threading.Condition()
+        self._carried, self._limits, self._prompt_of, self._is_degenerate = carried, limits, prompt_of, is_degenerate
+        self._scoring = set[OpenGroup]()
+        self._scored: dict[OpenGroup, Sequence[Rollout]] = {}
+        self._version, self._is_training = 0, False
+        self._num_discarded = 0  # since the last step
+        self._metrics = BufferMetrics()
+
+    def begin_step(self, policy_version: int) -> None:
+        """Drop groups that are too old for a step with these weights; their prompts are sampled again before others."""
+        with self.changed:
+            self._version = policy_version
+            kept = self._carried.drop(self._is_too_old, is_second=True)
+            dropped = [group for group in self._carried.groups if group not in set(kept.groups)]
+            for group in dropped:
+                self._scored.pop(group, None)
+            self._carried = kept
+            self._metrics = replace(self._metrics, dropped=self._metrics.dropped + len(dropped))
+            self.changed.notify_all()
+
+    def weights_changed(self) -> None:
+        """Note that the sampler has the weights of the next step: it may begin that many more groups."""
+        with self.changed:
+            self._is_training = False
+            self.changed.notify_all()
+
+    def groups_to_sample(self) -> list[OpenGroup]:
+        """Begin as many groups as `max_staleness` allows, and return all that are not complete."""
+        with self.changed:
+            limits = self._limits
+            most = limits.quota * (limits.steps_ahead + (not self._is_training))
+            self._carried = self._carried.fill(most, limits.group_size, self._prompt_of)
+            return [group for group in self._carried.groups if not group.is_done]
+
+    def continued(self, groups: Mapping[OpenGroup, OpenGroup]) -> None:
+        """Replace groups by their continuations; those of groups that were dropped meanwhile are discarded.
+
+        Args:
+            groups: continuation of each group that was returned by `groups_to_sample`.
+        """
+        with self.changed:
+            self._carried = replace(
+                self._carried, groups=tuple(groups.get(group, group) for group in self._carried.groups)
+            )
+            self.changed.notify_all()
+
+    def groups_to_score(self) -> list[OpenGroup]:
+        """Return complete groups that were not returned before."""
+        with self.changed:
+            known = self._scoring | self._scored.keys()
+            found = [group for group in self._carried.groups if group.is_done and group not in known]
+            self._scoring |= set(found)
+            return found
+
+    def put(self, group: OpenGroup, rollouts: Sequence[Rollout]) -> None:
+        """Add the scored rollouts of a group of `groups_to_score`, unless it was dropped or is degenerate."""
+        with self.changed:
+            self._scoring.discard(group)
+            if group not in self._carried.groups:
+                return
+            if self._num_discarded < self._limits.max_discarded and self._is_degenerate(rollouts):
+                others = tuple(each for each in self._carried.groups if each is not group)
+                self._carried = replace(self._carried, groups=others)
+                self._num_discarded += 1
+                self._metrics = replace(self._metrics, discarded=self._metrics.discarded + 1)
+            else:
+                self._scored[group] = rollouts
+            self.changed.notify_all()
+
+    def requeue_scoring(self) -> None:
+        """Forget which groups are being scored, after a failure: they are returned by `groups_to_score` again."""
+        with self.changed:
+            self._scoring.clear()
+
+    def is_ready(self) -> bool:
+        """Return True if `get` has the groups of a step."""
+        with self.changed:
+            return self._quota().is_reached
+
+    def get(self) -> TakenGroups:
+        """Take the groups of a step: the first that are complete and scored. `is_ready` must be True."""
+        with self.changed:
+            quota, size = self._quota(), self._limits.group_size
+            assert quota.is_reached, f"{len(self._scored)} scored groups, but a step needs {self._limits.quota}"
+            self._metrics = replace(self._metrics, ready=len(self._scored))
+            used = quota.groups()
+            rollouts = {
+                group.number * size + member: rollout
+                for group in used
+                for member, rollout in enumerate(self._scored.pop(group))
+            }
+            others = tuple(group for group in self._carried.groups if group not in set(used))
+            self._carried = replace(self._carried, groups=others)
+            self._is_training, self._num_discarded = True, 0
+            self.changed.notify_all()
+            return TakenGroups([group.number for group in used], rollouts, self._carried)
+
+    def add_wait(self, seconds: float) -> None:
+        """Add time for which the sampler waited."""
+        with self.changed:
+            self._metrics = replace(self._metrics, wait_seconds=self._metrics.wait_seconds + seconds)
+
+    def metrics(self) -> BufferMetrics:
+        """Return the counts since the last call."""
+        with self.changed:
+            taken, self._metrics = self._metrics, BufferMetrics()
+            return taken
+
+    def _quota(self) -> StepQuota:
+        quota = StepQuota(self._carried.groups, self._limits.quota, self._must_end, self._scored.__contains__)
+        quota.take_done()
+        return quota
+
+    def _is_too_old(self, group: OpenGroup) -> bool:
+        return not group.is_second and self._age(group) > self._limits.max_staleness
+
+    def _must_end(self, group: OpenGroup) -> bool:
+        """Return True if a group that is not dropped would be too old in the next step."""
+        limits = self._limits
+        return group.is_second and self._age(group) + limits.updates_per_step > limits.max_staleness
+
+    def _age(self, group: OpenGroup) -> int:
+        oldest = group.oldest_version
+        return 0 if oldest is None else self._version - oldest

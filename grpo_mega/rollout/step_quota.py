@@ -1,0 +1,124 @@
+"""The groups that a prompt shard gives to a step out of those in progress, and the step that all shards give together.
+
+Asserted by tests/unit/rollout/test_partial_sampler.py and tests/unit/rollout/test_rollout_buffer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_mega.parallel.array_collectives import ArrayCollectives
+from grpo_mega.rollout.carried_rollouts import OpenGroup, PromptOf
+from grpo_mega.rollout.open_rollout import OpenRollout
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.types import Rollout
+
+
+class StepQuota:
+    """The groups that a shard gives to a step: the first `quota` that are complete.
+
+    Groups that must end have a place kept for them.
+
+    Args:
+        groups: in progress, in the order in which they were begun.
+        quota: number of groups that the shard owes.
+        must_end: True for a group that the step must use.
+        is_complete: True for a group that can be used.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[OpenGroup],
+        quota: int,
+        must_end: Callable[[OpenGroup], bool],
+        is_complete: Callable[[OpenGroup], bool] = lambda group: group.is_done,
+    ) -> None:
+        self._groups, self._quota, self._is_complete = groups, quota, is_complete
+        self._kept = set([group for group in groups if must_end(group)][:quota])
+        self._used: dict[OpenGroup, None] = {}  # ordered
+        self._num_kept_open = len(self._kept)
+
+    @property
+    def is_reached(self) -> bool:
+        """True if as many groups as the quota are used."""
+        return len(self._used) >= self._quota
+
+    def take_done(self) -> list[OpenGroup]:
+        """Use complete groups in their order; return those that were not used before."""
+        new = []
+        for group in self._groups:
+            if self.is_reached:
+                break
+            if group in self._used or not self._is_complete(group):
+                continue
+            is_kept = group in self._kept
+            if is_kept or self._quota - len(self._used) > self._num_kept_open:
+                self._used[group] = None
+                self._num_kept_open -= is_kept
+                new.append(group)
+        return new
+
+    def groups(self) -> list[OpenGroup]:
+        """Return the groups that are used, in the order in which they were begun."""
+        return [group for group in self._groups if group in self._used]
+
+    def open_rollouts(self) -> list[OpenRollout]:
+        """Return the rollouts that are not complete, in their order."""
+        return [rollout for group in self._groups for rollout in group.rollouts if not rollout.is_done]
+
+
+def positions_of_shards(quotas: NDArray[np.int64]) -> list[list[int]]:
+    """Return the positions of each shard's groups in a step: the shards take turns until their quotas are used.
+
+    Args:
+        quotas: [S] groups of each shard.
+    """
+    turns = [(turn, share) for share, quota in enumerate(quotas.tolist()) for turn in range(quota)]
+    places = {each: position for position, each in enumerate(sorted(turns))}
+    return [[places[turn, share] for turn in range(quota)] for share, quota in enumerate(quotas.tolist())]
+
+
+def gather_step(
+    used: Sequence[int],
+    rollouts: Mapping[int, Rollout],
+    quotas: NDArray[np.int64],
+    group_size: int,
+    *,
+    collectives: ArrayCollectives,
+    prompt_of: PromptOf,
+    component_names: Sequence[str],
+) -> SampledGroups:
+    """Return the step of all shards. Collective.
+
+    Args:
+        used: numbers of the prompts of this shard's groups, in their order; not read on ranks without rollouts.
+        rollouts: this shard's rollouts by number * group_size + member; empty on all ranks of the shard but the first.
+        quotas: [S] groups of each shard.
+        group_size: rollouts of each group.
+        collectives: of this rank.
+        prompt_of: returns the prompt of a number.
+        component_names: names of all reward terms, in the order of the config.
+    """
+    at = collectives.ranks.at
+    positions, numbers = positions_of_shards(quotas)[at.share], np.zeros(int(quotas.sum()))
+    own: dict[int, Rollout] = {}
+    if at.engine_tp_rank == 0:
+        numbers[positions] = used
+    if rollouts:
+        own = {
+            position * group_size + member: rollouts[number * group_size + member]
+            for position, number in zip(positions, used, strict=True)
+            for member in range(group_size)
+        }
+    numbers = collectives.sum(numbers)
+    return SampledGroups.gather(
+        [prompt_of(int(number)) for number in numbers.tolist()],
+        group_size,
+        own,
+        share=at.share,
+        component_names=component_names,
+        sum_over_ranks=collectives.sum,
+    )
