@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards.builtin.gsm8k import gsm8k
 from grpo_mega.rewards.pool import RewardPool
@@ -216,6 +217,7 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return measure_labels(args.labels)
 
 
+@errors_as_exit_codes()
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -231,12 +233,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="no effect: the last line is always JSON")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
-    try:
-        for name in args.measure or ["gradings", "programs", "hostile"]:
-            results[name] = measured(name, args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in args.measure or ["gradings", "programs", "hostile"]:
+        results[name] = measured(name, args)
     first = next(iter(results.values()))
     conditions = {
         "cores": os.cpu_count(),

@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.parallel.peer_group import job_peer_group
@@ -259,6 +260,7 @@ def measurements(
     yield line("digest_against_reading", seconds["digest"], seconds["read"], "s")
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -267,13 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each method (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    try:
-        for name in ("megabytes", "bucket_megabytes", "rounds"):
-            if getattr(args, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in ("megabytes", "bucket_megabytes", "rounds"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
     os.environ["OMP_NUM_THREADS"] = "1"
     bucket_bytes = args.bucket_megabytes * 2**20
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(WORLD) as pool:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.algorithm_presets import AlgorithmName
 from grpo_mega.config.load import load_config
 from grpo_mega.types import UserError
@@ -183,6 +184,7 @@ def compare(args: argparse.Namespace) -> list[AlgorithmResult]:
     return results
 
 
+@errors_as_exit_codes(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,14 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "=" in str(args.config):  # CONFIG may be omitted, as with launch/train.sh
         args.overrides, args.config = [str(args.config), *args.overrides], parser.get_default("config")
     args.out = args.out.resolve()
-    try:
-        results = compare(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = compare(args)
     print(table(results), end="")
     if args.json:
         print(json.dumps([asdict(result) for result in results]))

@@ -33,7 +33,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # a bare machine has the repository and no environment
     sys.path.insert(0, str(REPOSITORY))
 
-from grpo_mega.parallel.devices import num_visible_gpus  # noqa: E402 - after the path of the repository
+from grpo_mega.cli.exit_codes import errors_as_exit_codes  # noqa: E402 - after the path of the repository
+from grpo_mega.parallel.devices import num_visible_gpus  # noqa: E402
 from grpo_mega.parallel.ports import free_port  # noqa: E402
 from grpo_mega.types import UserError  # noqa: E402
 from tools.gpu_checks import result_file  # noqa: E402
@@ -63,30 +64,27 @@ class CheckRun:
         return self.out / f"{'rehearsal' if self.rehearsal else 'gpu'}_{name}"
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     args = _parser().parse_args(argv)
-    try:
-        parts = parts_named(args.parts, rehearsal=args.rehearse)
-        deadline, clock = _deadline_of(args)
-        out = _folder_of(args)
-        if not args.rehearse and not has_gpu():
-            raise UserError(
-                "tools/gpu_proof.py measures on a GPU, and none was found on this machine",
-                remedy="run it on a machine with a GPU, or rehearse it with --rehearse",
-            )
-        with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
-            site = Path(work) / "site"
-            if args.wheels is not None:
-                print(f"installed: {', '.join(install_kit(args.wheels.resolve(), site))}", flush=True)
-            _check_name_of(args.gpu, site)
-            size = "tiny" if args.rehearse else args.size
-            run = CheckRun(out, size, args.gpu, args.rehearse, _environment(site, Path(work), args.rehearse))
-            out.mkdir(parents=True, exist_ok=True)
-            results = _run_parts(run, parts, deadline, clock)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parts = parts_named(args.parts, rehearsal=args.rehearse)
+    deadline, clock = _deadline_of(args)
+    out = _folder_of(args)
+    if not args.rehearse and not has_gpu():
+        raise UserError(
+            "tools/gpu_proof.py measures on a GPU, and none was found on this machine",
+            remedy="run it on a machine with a GPU, or rehearse it with --rehearse",
+        )
+    with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
+        site = Path(work) / "site"
+        if args.wheels is not None:
+            print(f"installed: {', '.join(install_kit(args.wheels.resolve(), site))}", flush=True)
+        _check_name_of(args.gpu, site)
+        size = "tiny" if args.rehearse else args.size
+        run = CheckRun(out, size, args.gpu, args.rehearse, _environment(site, Path(work), args.rehearse))
+        out.mkdir(parents=True, exist_ok=True)
+        results = _run_parts(run, parts, deadline, clock)
     print(table_of(results))
     if args.json:
         print(json.dumps(results))

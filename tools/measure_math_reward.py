@@ -26,6 +26,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.rewards.builtin.math import math
 from grpo_mega.types import UserError
 
@@ -228,6 +229,7 @@ def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@errors_as_exit_codes()
 def main() -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,14 +248,10 @@ def main() -> int:
         "mutations": measure_mutations,
         "speed": measure_speed,
     }
-    try:
-        if args.time_once:
-            print(json.dumps(time_answers(args.answers)))
-            return 0
-        results = {name: measures[name](args) for name in args.measure or MEASURES}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.time_once:
+        print(json.dumps(time_answers(args.answers)))
+        return 0
+    results = {name: measures[name](args) for name in args.measure or MEASURES}
     for name, result in results.items():
         for example in result.pop("examples", []):
             print(f"{name}: {example}")

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
 from tools.memory.cases import CASES, ONE_RANK_CASES, Bytes, Case, make_model, measured, predicted
@@ -29,6 +30,7 @@ from tools.memory.cases import CASES, ONE_RANK_CASES, Bytes, Case, make_model, m
 BARS = {"weights": 0.03, "gradients": 0.03, "optimizer": 0.03, "activations": 0.10}
 
 
+@errors_as_exit_codes(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,11 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_model(Path(work) / name, name)
         for number, case in enumerate(ONE_RANK_CASES if args.one_rank else CASES):
             folder = Path(work) / case.model
-            try:
-                found = [run_alone(case, folder)] if args.one_rank else run_case(number, folder, Path(work))
-            except RuntimeError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 1
+            found = [run_alone(case, folder)] if args.one_rank else run_case(number, folder, Path(work))
             rows += compared(case, predicted(case, folder), found)
             for row in rows[-(case.config(folder).parallel.pp) :]:
                 print(line_of(row), flush=True)

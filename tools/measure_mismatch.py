@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.observe.rollout_files.reader import read_rows, steps_of
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.rollout.sampled_groups import SampledGroups
@@ -242,6 +243,7 @@ def measure(args: argparse.Namespace) -> Iterator[RunMismatch]:
             yield read(folder, change, dtype, args.seeds[0])
 
 
+@errors_as_exit_codes(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,19 +254,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the results as JSON on the last line")
     args = parser.parse_args(argv)
     args.out = args.out.resolve()
-    try:
-        if args.steps < 1 or args.wrong_steps < 2:
-            raise UserError(
-                f"--steps={args.steps} --wrong-steps={args.wrong_steps}: too few",
-                remedy="use at least 1 and 2; a stale layer is right at the first step",
-            )
-        runs = list(measure(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.steps < 1 or args.wrong_steps < 2:
+        raise UserError(
+            f"--steps={args.steps} --wrong-steps={args.wrong_steps}: too few",
+            remedy="use at least 1 and 2; a stale layer is right at the first step",
+        )
+    runs = list(measure(args))
     print(report(runs), end="")
     if args.json:
         found: list[dict[str, Any]] = [asdict(run) for run in runs]

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.cli.plan import model_of
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
@@ -230,20 +231,17 @@ def page_with(text: str, page: str) -> str:
     return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="replace the tables of docs/measurements/planner.md")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    try:
-        steps = compare_all()
-        text = tables(steps)
-        if args.write:
-            PAGE.write_text(page_with(text, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    steps = compare_all()
+    text = tables(steps)
+    if args.write:
+        PAGE.write_text(page_with(text, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(text)
     missed = missed_bars(steps)
     if args.json:

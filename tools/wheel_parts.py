@@ -21,12 +21,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.types import UserError
 
 LIST = "parts.json"
 MIB = 2**20
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,14 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     joining.add_argument("--remove-parts", action="store_true", help="delete the parts of every joined wheel")
     args = parser.parse_args(argv)
     problems: list[str] = []
-    try:
-        if args.action == "cut":
-            listed = cut(args.wheels, args.out, args.max_mib * MIB)
-        else:
-            problems, listed = join(args.parts, remove=args.remove_parts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.action == "cut":
+        listed = cut(args.wheels, args.out, args.max_mib * MIB)
+    else:
+        problems, listed = join(args.parts, remove=args.remove_parts)
     for problem in problems:
         print(problem, file=sys.stderr)
     if args.json:

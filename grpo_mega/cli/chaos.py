@@ -23,10 +23,12 @@ from pathlib import Path
 
 from grpo_mega.cli.chaos_cases import SCENARIOS, Scenario, draw_cases
 from grpo_mega.cli.chaos_run import ChaosOutcome, ChaosRuns
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.types import UserError
 
 
+@errors_as_exit_codes(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,26 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="folder for the runs, which is kept; default: a temporary one")
     parser.add_argument("--json", action="store_true", help="print the outcomes as one JSON object on the last line")
     args = parser.parse_args(argv)
-    try:
-        scenarios = _chosen(args.only)
-        if args.number < 1:
-            raise UserError(f"--number={args.number} must be at least 1", remedy="use 1 or more")
-        work = _work_folder(args.work)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    scenarios = _chosen(args.only)
+    if args.number < 1:
+        raise UserError(f"--number={args.number} must be at least 1", remedy="use 1 or more")
+    work = _work_folder(args.work)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are ended
     cases = draw_cases(args.number, args.seed, scenarios)
     runs = ChaosRuns(args.config, work, args.stall_seconds)
     outcomes = []
     print(_line("case", "scenario", "signal", "victim", "moment", "starts", "seconds", "outcome"), flush=True)
-    try:
-        for case in cases:
-            outcomes.append(runs.run(case))
-            print(_row(outcomes[-1]), flush=True)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for case in cases:
+        outcomes.append(runs.run(case))
+        print(_row(outcomes[-1]), flush=True)
     failed = [each for each in outcomes if each.problems]
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} ended as the undisturbed run and left nothing behind")
     if args.json:

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.cli.compare_logits import config_of
-from grpo_mega.cli.convert_options import exit_code
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.formats.megatron_keys import megatron_tensors
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.types import UserError
 
 
 def faults_of_conversion(spec: ModelSpec, files: HfFiles) -> list[str]:
@@ -82,6 +81,7 @@ def check(folder: Path, layout: str) -> dict[str, Any]:
     }
 
 
+@errors_as_exit_codes(OSError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,11 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", default="", help="keys of `parallel`, for example tp=2,pp=2 (default: one rank)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    try:
-        found = check(args.hf_dir, args.layout)
-    except (UserError, OSError) as error:
-        code: int = exit_code(error)
-        return code
+    found = check(args.hf_dir, args.layout)
     for fault in found["faults"][:20]:
         print(fault)
     if args.json:

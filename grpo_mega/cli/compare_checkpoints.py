@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from grpo_mega.cli.convert_options import exit_code
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.convert.compare import TensorComparison, compare, open_checkpoint
-from grpo_mega.types import UserError
 
 
 def line_of(found: TensorComparison) -> str:
@@ -31,6 +30,7 @@ def line_of(found: TensorComparison) -> str:
     return f"{found.name}: {found.verdict}: {sides[0]} | {sides[1]}{gap}"
 
 
+@errors_as_exit_codes(OSError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,12 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="folder of config.json, for a torch_dist checkpoint without one")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    try:
-        left, right = open_checkpoint(args.a, args.base, args.b), open_checkpoint(args.b, args.base, args.a)
-        found = list(compare(left, right))
-    except (UserError, OSError) as error:
-        code: int = exit_code(error)
-        return code
+    left, right = open_checkpoint(args.a, args.base, args.b), open_checkpoint(args.b, args.base, args.a)
+    found = list(compare(left, right))
     different = [each for each in found if each.verdict != "equal"]
     for each in different:
         print(line_of(each))

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.policy_sections import ParallelConfig
@@ -206,6 +207,7 @@ def line_of(result: LayoutResult) -> str:
     return f"{result.layout:<32} loss {result.loss:+.8f}  gradient norm {result.grad_norm:.8f}  {verdict}"
 
 
+@errors_as_exit_codes(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,14 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the list of results as JSON on the last line")
     args = parser.parse_intermixed_args(argv)
-    try:
-        results = compare_layouts(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    results = compare_layouts(args)
     if args.json:
         print(json.dumps([asdict(result) for result in results]))
     return int(any(result.first_difference is not None for result in results))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from grpo_mega.cli.compare_layouts import measure_on_ranks, parse_layout
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
@@ -152,6 +152,7 @@ def compare_logits(folder: Path, layout: str, seed: int) -> dict[str, Any]:
         return {"family": spec.family, "layout": layout, **run_layout(config, job, work)}
 
 
+@errors_as_exit_codes(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,14 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, help="exit with code 1 if a difference is larger than this")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    try:
-        found = compare_logits(args.folder, args.layout, args.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = compare_logits(args.folder, args.layout, args.seed)
     largest = max(found["max_abs_logit_diff"], found["max_abs_log_prob_diff"])
     if args.json:
         print(json.dumps(found))

@@ -1,9 +1,8 @@
-"""Options, report and exit codes of the two conversion tools."""
+"""Options and report of the two conversion tools."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import re
@@ -16,20 +15,6 @@ import torch
 from grpo_mega.convert.hf_to_megatron import DTYPES, ConversionReport
 from grpo_mega.types import UserError
 
-# System errors that the user can correct: exit code 2. All other system errors: exit code 1.
-_WRONG_INPUT = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOENT,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -60,22 +45,18 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def exit_code(error: UserError | OSError) -> int:
-    """Print the error and return 2 for wrong input, or 1 for a failure of the machine."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, UserError) or error.errno in _WRONG_INPUT else 1
-
-
 def finish(convert: Callable[[], ConversionReport], args: argparse.Namespace) -> int:
-    """Run the conversion, print its report, and return the exit code."""
+    """Run the conversion, print its report, and return the exit code.
+
+    Raises:
+        UserError, OSError: the conversion failed.
+    """
     torch.set_num_threads(1)  # the workers are the parallelism
     start = time.monotonic()
+    if args.workers < 1:
+        raise UserError(f"--workers={args.workers} must be at least 1", remedy="leave it out")
     try:
-        if args.workers < 1:
-            raise UserError(f"--workers={args.workers} must be at least 1", remedy="leave it out")
         report = convert()
-    except (UserError, OSError) as error:
-        return exit_code(error)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 1

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.load import load_config, precedence_notes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.data.hub.fetch import with_hub_inputs
@@ -30,6 +31,7 @@ from grpo_mega.train import wanted_world_size
 from grpo_mega.types import UserError
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,11 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     warnings.simplefilter("ignore")  # libraries warn about missing optional features
-    try:
-        findings = diagnose(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    findings = diagnose(args)
     print(in_words(findings))
     if args.json:
         print(json.dumps([finding.as_json() for finding in findings]))

@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.absolute_paths import with_absolute_paths
 from grpo_mega.config.load import config_from_values, resolved
 from grpo_mega.config.model_sections import ModelConfig
@@ -305,18 +306,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+@errors_as_exit_codes(RankFailedError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     args = parse_arguments(argv)
     try:
         found = evaluate(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except RankFailedError as error:
-        if error.code == 2:
+        if error.code == 2:  # wrong input, which the rank has reported
             return 2
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise
     print(json.dumps(found) if args.json else "\n".join(lines_of(found)))
     return 0

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.data.hub.fetch import with_hub_inputs
-from grpo_mega.types import UserError
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,11 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json", action="store_true", help="print a JSON list of {key, name, revision} as the last line"
     )
     args = parser.parse_intermixed_args(argv)
-    try:
-        config = with_hub_inputs(load_config(args.config, args.overrides))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = with_hub_inputs(load_config(args.config, args.overrides))
     found = [("model.path", config.model.path, config.model.revision)] if config.model.is_on_hub else []
     for key, sources in (("data.train", config.data.train_sets), ("data.eval", config.data.eval_sets)):
         found += [(f"{key}[{i}].path", s.path, s.revision) for i, s in enumerate(sources) if s.is_on_hub]

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.data.hub.fetch import with_hub_inputs
@@ -36,6 +36,7 @@ from grpo_mega.weight_sync.fp8_report import Report, by_layer, fp8_report, table
 SCALES = ("fp32", "power_of_two")
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         return run(args)
-    except (UserError, WeightMismatchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except WeightMismatchError as error:
+        raise UserError(str(error)) from error
 
 
 def run(args: argparse.Namespace) -> int:

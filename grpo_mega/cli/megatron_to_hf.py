@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_mega.cli.convert_options import add_options, finish, parse_bytes
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.convert.megatron_to_hf import SHARD_BYTES, megatron_to_hf
 
 
+@errors_as_exit_codes(OSError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.config.load import load_config
 from grpo_mega.config.nearest_name import nearest_name
@@ -73,6 +74,7 @@ class PlannedModel:
         return plan_resources(config, self.spec, self.count, cluster_of(self.gpu, ranks, self.assumed), self.where)
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,12 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--html", type=Path, help="write a picture of the memory per phase to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
-    try:
-        check_output_file("--html", args.html)
-        return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_output_file("--html", args.html)
+    return run(args)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.cli.plan_file import difference, read_plan, write_plan
 from grpo_mega.cli.sync_remedies import MOST_TRANSFERS_REPEATED, SyncRemedy, remedies
@@ -64,6 +65,7 @@ MEASURED = ("seconds", "cpu_seconds", "peak_memory_bytes")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,12 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="plan for machines without GPUs, which use other modules")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
-    try:
-        check_output_file("--out", args.out)
-        return run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    check_output_file("--out", args.out)
+    return run(args)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.cli.compare_layouts import measure_on_ranks, parse_layout
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.cli.replay_inputs import find_inputs
 from grpo_mega.config.option_parser import OptionParser
-from grpo_mega.types import UserError
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest relative difference of a stage in another layout."""
@@ -92,6 +91,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+@errors_as_exit_codes(RuntimeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,13 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", help='another layout, for example "tp=2,pp=1" (default: that of the run)')
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     args = parser.parse_args(argv)
-    try:
-        found = replay(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = replay(args)
     print(json.dumps(found) if args.json else "\n".join(lines_of(found)))
     return int(found["first_difference"] is not None)

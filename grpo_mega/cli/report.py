@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.observe.atomic_files import write_atomically
 from grpo_mega.observe.report.page import report_page
@@ -29,6 +29,7 @@ from grpo_mega.observe.summary import read_summary, render
 from grpo_mega.types import UserError
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,18 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folders = [args.run_dir, *([args.other_run] if args.other_run is not None else [])]
     out = args.out if args.out is not None else args.run_dir / "report.html"
+    runs = [read_run(folder) for folder in folders]
+    page = report_page([(run, _sample(run)) for run in runs])
     try:
-        runs = [read_run(folder) for folder in folders]
-        page = report_page([(run, _sample(run)) for run in runs])
-        try:
-            write_atomically(out, page)
-        except OSError as error:
-            raise UserError(
-                f"--out={out} cannot be written ({error.strerror})", "name a file that you can write"
-            ) from error
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        write_atomically(out, page)
+    except OSError as error:
+        raise UserError(
+            f"--out={out} cannot be written ({error.strerror})", "name a file that you can write"
+        ) from error
     summary = _print_summary(runs[0], out, len(page.encode()))
     if args.json:
         print(json.dumps({**summary, "page": str(out)}))

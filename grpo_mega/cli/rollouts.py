@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_mega.cli.closed_pipe import allow_closed_pipe
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.types import UserError
 
@@ -102,6 +103,7 @@ def print_rollouts(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,10 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal with another encoding than UTF-8
     code = 0
-    try:
-        with allow_closed_pipe():
-            code = print_rollouts(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with allow_closed_pipe():
+        code = print_rollouts(args)
     return code

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.cli.closed_pipe import allow_closed_pipe
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.config.user_code import absolute_name
@@ -160,6 +161,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     return {"reward_name": args.reward, "num_rows": num_rows, "reward_mean": mean, "num_failures": failures}
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,12 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a summary as one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        with allow_closed_pipe():
-            summary = score(args)
-            if args.json:
-                print(json.dumps(summary))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with allow_closed_pipe():
+        summary = score(args)
+        if args.json:
+            print(json.dumps(summary))
     return 0

@@ -14,24 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_mega.cli.environment import set_process_environment
+from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.launch.main import main as launch
 from grpo_mega.launch.restarts import take_restarts
-from grpo_mega.types import UserError
 
 SCRIPT = "grpo-mega-train"
 
 
+@errors_as_exit_codes()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    try:
-        restarts, rest = take_restarts(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    restarts, rest = take_restarts(arguments)
     if not rest or "=" in rest[0]:
         rest.insert(0, "quickstart")
     set_process_environment()
