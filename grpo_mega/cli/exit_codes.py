@@ -41,7 +41,6 @@ def errors_as_exit_codes(
     Args:
         failures: types of errors, besides UserError, whose message says enough without a traceback.
     """
-
     expected: tuple[type[Exception], ...] = (UserError, *failures)
 
     def decorate(main: Callable[Arguments, int]) -> Callable[Arguments, int]:

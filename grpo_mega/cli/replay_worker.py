@@ -30,7 +30,6 @@ from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards, full_marks
 from grpo_mega.trainer.build import make_checkpoints, rollout_cost
-from grpo_mega.trainer.guarded_step import check_rollouts
 from grpo_mega.trainer.learning import LearnedStep, learn, mean_advantages
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
@@ -118,7 +117,7 @@ def _replay_steps(
             num_rollouts=config.data.prompts_per_step * config.sampling.group_size,
         )
         job.guard.start_step(step)
-        check_rollouts(job.guard, recorded.groups, lambda table: table.has_full_marks(marks))
+        job.guard.check_groups(recorded.groups, lambda table: table.has_full_marks(marks))
         objective = base.at(kl_coef)
         learned = learn(job, objective, recorded.groups, step, policy_version)
         kl_coef, policy_version = objective.next_kl_coef(learned.updates), policy_version + len(learned.updates)

@@ -24,7 +24,6 @@ from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableSync
-from grpo_mega.trainer.guarded_step import check_rollouts, finish_guarded_step
 from grpo_mega.trainer.learning import learn, mean_advantages
 from grpo_mega.trainer.mismatch import Differences
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
@@ -98,7 +97,7 @@ def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
     job.guard.start_step(step)
     groups = sample_groups(job, state, step)
     job.saves.stop_before_updates(job.policy, state)
-    check_rollouts(job.guard, groups, job.is_right)
+    job.guard.check_groups(groups, job.is_right)
     objective = job.objective.at(state.kl_coef)
     learned = learn(job, objective, groups, step, state.policy_version)
     batch, updates = learned.batch, learned.updates
@@ -106,7 +105,7 @@ def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
     if not job.guard.skipped_non_finite:  # the log-probs of the policy may not be finite
         job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
     of_tokens = token_metrics(differences, groups, batch, job.transfer)
-    guarded = finish_guarded_step(job.guard, groups, updates, of_tokens, job.transfer.collectives.sum)
+    guarded = job.guard.finish_step(groups, updates, of_tokens, job.transfer.collectives.sum)
     carried = None if groups.carry is None else groups.carry.rollouts
     state = state.after(step, len(updates), objective.next_kl_coef(updates), carried)
     job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights

@@ -26,7 +26,12 @@ from grpo_mega.observe.history import History
 from grpo_mega.observe.rollbacks import Rollbacks
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import largest_on_all
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.guard_report import GuardReport, HeldRule
+from grpo_mega.trainer.step_metrics import IsRight, reward_metrics, update_metrics
 from grpo_mega.types import AllowsUpdate, UpdateStats
+
+SumOverRanks = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 log = logging.getLogger(__name__)
 
@@ -84,34 +89,6 @@ class RollbackRequest(Exception):  # noqa: N818 - it is not an error
         self.step, self.rule, self.reason = step, rule, reason
 
 
-@dataclass(frozen=True)
-class HeldRule:
-    """A rule that held in a step, and its action."""
-
-    rule: str
-    action: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class GuardReport:
-    """Report of the rules in a step; equal on every rank.
-
-    Attributes:
-        metrics: of the step.
-        findings: rules that held.
-        quarantined: [P] True for each group that goes to quarantine; None: no group does.
-        prompts_step: step whose prompts were used; 0: that of the step itself.
-        attempt: number of returns to a checkpoint before this step.
-    """
-
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    findings: Sequence[HeldRule] = ()
-    quarantined: NDArray[np.bool_] | None = None
-    prompts_step: int = 0
-    attempt: int = 0
-
-
 @dataclass
 class _Step:
     """State of the rules in the current step. `quarantined` has rollouts that this rank trains or knows of."""
@@ -159,12 +136,27 @@ class RunGuard:
         """Begin a step."""
         self._now = _Step(step)
 
+    def check_groups(self, groups: SampledGroups, is_right: IsRight) -> None:
+        """Apply the rules on rollouts, before the updates of a step. Collective.
+
+        Args:
+            groups: rollouts of the step; only their table is read.
+            is_right: returns True for each rollout whose reward means a right answer.
+
+        Raises:
+            GuardStopError, RollbackRequest: a rule has this action.
+        """
+        if self.watches_rollouts:
+            truncated = {"rollout/truncated_fraction": float(groups.table.is_truncated.mean())}
+            metrics = reward_metrics(groups, is_right(groups.table)) | truncated
+            self.check_rollouts(metrics, lambda rule: offending_rollouts(groups, rule))
+
     def check_rollouts(
         self,
         metrics: Mapping[str, float],
         offending: Callable[[str], NDArray[np.int64]] = lambda rule: np.zeros(0, int),
     ) -> None:
-        """Apply the rules on rollouts, before the updates. Collective.
+        """Apply the rules on rollouts to their metrics. Collective.
 
         Args:
             metrics: of rewards, groups and rollouts.
@@ -173,8 +165,6 @@ class RunGuard:
         Raises:
             GuardStopError, RollbackRequest: a rule has this action.
         """
-        if not self.watches_rollouts:
-            return
         self._history.add(self._now.number, _watched(metrics))
         found = self._act(self._found(_ON_ROLLOUTS), "all updates of the step are skipped")
         if found is not None and found.action in ("skip_update", "quarantine"):
@@ -223,6 +213,31 @@ class RunGuard:
             self._history.add(self._now.number, metrics)
             self._act(self._found(_ON_MISMATCH), "")
 
+    def finish_step(
+        self,
+        groups: SampledGroups,
+        updates: Sequence[UpdateStats],
+        of_tokens: Mapping[str, float],
+        sum_over_ranks: SumOverRanks,
+    ) -> GuardReport:
+        """Apply the rule on the mismatch, keep the metrics of the step for later ones, and report. Collective.
+
+        Args:
+            groups: rollouts of the step.
+            updates: that were made.
+            of_tokens: metrics of tokens, equal on every rank.
+            sum_over_ranks: adds arrays of all ranks.
+
+        Raises:
+            GuardStopError, RollbackRequest: the rule has this action, and holds.
+        """
+        self.check_mismatch(of_tokens)
+        quarantined = None
+        if self.has_quarantined:
+            quarantined = self.quarantined_groups(len(groups.table), groups.group_size, sum_over_ranks)
+        self.end_step({**update_metrics(updates), **of_tokens})
+        return self.report(quarantined)
+
     def end_step(self, metrics: Mapping[str, float]) -> None:
         """Keep the metrics of the complete step, those of its line in metrics.jsonl, for later steps."""
         self._history.add(self._now.number, _watched(metrics))
@@ -242,9 +257,7 @@ class RunGuard:
         """True, on every rank, if an update of the current step was skipped because it was not finite."""
         return any(finding.rule == "non_finite" for finding in self._now.findings)
 
-    def quarantined_groups(
-        self, num_rollouts: int, group_size: int, sum_over_ranks: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-    ) -> NDArray[np.bool_]:
+    def quarantined_groups(self, num_rollouts: int, group_size: int, sum_over_ranks: SumOverRanks) -> NDArray[np.bool_]:
         """Return True for each group of the step that goes to quarantine, [P]. Collective."""
         mine = np.zeros(num_rollouts)
         mine[list(self._now.quarantined)] = 1.0
@@ -316,6 +329,15 @@ class RunGuard:
                 "rewards, the prompts and optimizer.lr before it continues",
                 f"guard.max_rollbacks={made + 3}",
             )
+
+
+def offending_rollouts(groups: SampledGroups, rule: str) -> NDArray[np.int64]:
+    """Return the rollouts because of which a rule on rollouts holds, [N] rows of the table: by default all."""
+    if rule == "truncation":
+        return np.flatnonzero(groups.table.is_truncated)
+    if rule == "degenerate":
+        return np.flatnonzero(np.repeat(groups.degenerate, groups.group_size))
+    return np.arange(len(groups.table))
 
 
 def _watched(metrics: Mapping[str, float]) -> dict[str, float]:

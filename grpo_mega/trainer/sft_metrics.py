@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from grpo_mega.data.example_dataset import Example
-from grpo_mega.trainer.run_guard import GuardReport
+from grpo_mega.trainer.guard_report import GuardReport
 from grpo_mega.trainer.step_metrics import update_metrics
 from grpo_mega.types import UpdateStats
 

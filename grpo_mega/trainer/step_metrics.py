@@ -18,7 +18,7 @@ from grpo_mega.data.rollout_table import RolloutTable
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
 from grpo_mega.trainer.group_metrics import advantage_metrics, percentiles, rollout_metrics
-from grpo_mega.trainer.run_guard import GuardReport
+from grpo_mega.trainer.guard_report import GuardReport
 from grpo_mega.types import TokenValues, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
 

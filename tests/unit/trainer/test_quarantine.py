@@ -10,8 +10,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from grpo_mega.trainer.guard_report import GuardReport, HeldRule
 from grpo_mega.trainer.quarantine import quarantine_reason, write_reason
-from grpo_mega.trainer.run_guard import GuardReport, HeldRule
 from grpo_mega.trainer.step_metrics import StepResult
 
 

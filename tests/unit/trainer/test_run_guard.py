@@ -15,8 +15,10 @@ from grpo_mega.config.guard_section import GuardConfig
 from grpo_mega.observe.rollbacks import Rollback, Rollbacks
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.trainer.run_guard import GuardStopError, HeldRule, RollbackRequest, RunGuard
-from grpo_mega.types import UpdateStats
+from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.guard_report import HeldRule
+from grpo_mega.trainer.run_guard import GuardStopError, RollbackRequest, RunGuard, offending_rollouts
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, UpdateStats
 
 TOPOLOGY = Topology(1)
 RANKS = Ranks(TOPOLOGY, TOPOLOGY.coordinates(0), torch.device("cpu"))
@@ -181,3 +183,62 @@ def test_a_continued_run_decides_as_the_uninterrupted_one() -> None:
     for guard in (uninterrupted, continued):
         guard.start_step(13)
         assert [guard.allows(ROWS)(stats(norm)) for norm in (20.0, 20.1)] == [True, False]
+
+
+NO_TOKENS = {"train/mismatch_kl": 0.0}
+
+
+def groups_of() -> SampledGroups:
+    """Three groups of two: equal rewards; a truncated rollout; neither."""
+    rewards = (1.0, 1.0, 0.0, 1.0, 1.0, 0.0)
+    stops: Any = ("eos", "eos", "length", "eos", "eos", "eos")
+    return SampledGroups.of(
+        [
+            Rollout(Prompt(i // 2, "", (1, 2), ""), Completion((3, 4), (0.0, 0.0), stop, 0, ""), Reward(reward), 0)
+            for i, (reward, stop) in enumerate(zip(rewards, stops, strict=True))
+        ],
+        2,
+    )
+
+
+def is_right(table: Any) -> Any:
+    return table.reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "groups"),
+    [("truncation", 0.1, [False, True, False]), ("degenerate", 0.3, [True, False, False])],
+)
+def test_the_groups_at_fault_go_to_quarantine(rule: str, threshold: float, groups: list[bool]) -> None:
+    """1 of 6 rollouts is truncated, 1 of 3 groups is degenerate; the accuracy is 4 / 6."""
+    guard, found = guard_of(**{rule: {"action": "quarantine", "threshold": threshold}}), groups_of()
+    guard.check_groups(found, is_right)
+    assert not guard.allows([(0, 1), (2, 3), (4, 5)])(stats(entropy=0.7))
+    report = guard.finish_step(found, [], NO_TOKENS, lambda mine: mine)
+    assert report.quarantined is not None
+    assert report.quarantined.tolist() == groups
+    assert report.metrics["guard/quarantined_groups"] == 1
+    assert [held.rule for held in report.findings] == [rule]
+    assert (report.prompts_step, report.attempt) == (7, 0)
+
+
+def test_other_rules_blame_every_rollout() -> None:
+    assert np.array_equal(offending_rollouts(groups_of(), "reward_collapse"), np.arange(6))
+
+
+def test_without_a_rule_on_rollouts_no_metric_is_computed() -> None:
+    guard = guard_of()
+    guard.check_groups(groups_of(), lambda table: pytest.fail("computed"))
+    report = guard.finish_step(groups_of(), [stats(entropy=0.7)], NO_TOKENS, lambda mine: pytest.fail("a collective"))
+    assert report.quarantined is None
+    assert report.findings == ()
+
+
+def test_the_mismatch_of_the_step_is_checked_against_the_steps_before() -> None:
+    guard = guard_of(mismatch="stop")
+    for step in range(1, 11):
+        guard.start_step(step)
+        guard.finish_step(groups_of(), [stats(entropy=0.7)], {"train/mismatch_kl": 0.001}, lambda mine: mine)
+    guard.start_step(11)
+    with pytest.raises(GuardStopError, match="step 11: policy and engine differ"):
+        guard.finish_step(groups_of(), [stats(entropy=0.7)], {"train/mismatch_kl": 0.5}, lambda mine: mine)
