@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from grpo_mega.observe.metric_table import require_known
-from grpo_mega.observe.trackers.run_id import run_id
+from grpo_mega.observe.trackers.tracked_run import TrackedRun
 from grpo_mega.observe.trackers.tracker import TrackerName, open_tracker
 from tests.helpers.jobs import SMALL, read_lines, run_job_successfully
 
@@ -63,7 +63,7 @@ def read_wandb(folder: Path) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     for path in files:
-        assert path.stem == f"run-{run_id(folder)}"
+        assert path.stem == f"run-{TrackedRun.of(folder, {}).identity}"
         for data in log_records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)

@@ -11,10 +11,10 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from grpo_mega.observe.hyperparameters import hyperparameters
+from grpo_mega.observe.trackers.tracked_run import TrackedRun
 
 _NOT_ALLOWED = re.compile(r"[^\w./: -]")  # in the name of a metric
 _RUN_TAG = "grpo_mega.run"
@@ -22,30 +22,25 @@ _MAX_TEXT = 500  # characters of a parameter
 
 
 class MlflowTracker:
-    """`Tracker` of MLflow.
+    """`Tracker` of MLflow."""
 
-    Args:
-        folder: the run folder.
-        identity: id of the run, the same in all its commands.
-        config: the resolved config.
-    """
-
-    def __init__(self, folder: Path, identity: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         client: Any = importlib.import_module("mlflow.tracking").MlflowClient
         self._entities: Any = importlib.import_module("mlflow.entities")
-        uri = None if "MLFLOW_TRACKING_URI" in os.environ else f"sqlite:///{folder.absolute()}/mlflow.db"
+        uri = None if "MLFLOW_TRACKING_URI" in os.environ else f"sqlite:///{run.folder.absolute()}/mlflow.db"
         self._client = client(tracking_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "grpo_mega")
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
-        known = self._client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{identity}'", max_results=1)
+        known = self._client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{run.identity}'", max_results=1)
         if known:
             self._id = known[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
             return
-        self._id = self._client.create_run(experiment_id, run_name=folder.name, tags={_RUN_TAG: identity}).info.run_id
+        tags = {_RUN_TAG: run.identity}
+        self._id = self._client.create_run(experiment_id, run_name=run.folder.name, tags=tags).info.run_id
         parameters = [
-            self._entities.Param(key, str(value)[:_MAX_TEXT]) for key, value in hyperparameters(config).items()
+            self._entities.Param(key, str(value)[:_MAX_TEXT]) for key, value in hyperparameters(run.config).items()
         ]
         self._client.log_batch(self._id, params=parameters[:100])
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from grpo_mega.observe.trackers.run_id import run_id
+from grpo_mega.observe.trackers.tracked_run import TrackedRun
 from grpo_mega.types import UserError
 
 log = logging.getLogger(__name__)
@@ -62,16 +62,16 @@ def open_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any]) -> 
         folder: the run folder, into which the library writes unless its own environment variables name a server.
         config: the resolved config, which the tracker shows.
     """
-    identity = run_id(folder)
+    run = TrackedRun.of(folder, config)
 
     def make() -> Tracker:
         if name == "wandb":
             from grpo_mega.observe.trackers.wandb_tracker import WandbTracker
 
-            return WandbTracker(folder, identity, config)
+            return WandbTracker(run)
         from grpo_mega.observe.trackers.mlflow_tracker import MlflowTracker
 
-        return MlflowTracker(folder, identity, config)
+        return MlflowTracker(run)
 
     return QueuedTracker(name, make)
 

@@ -9,29 +9,24 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from grpo_mega.observe.trackers.tracked_run import TrackedRun
 
 
 class WandbTracker:
-    """`Tracker` of Weights & Biases.
+    """`Tracker` of Weights & Biases."""
 
-    Args:
-        folder: the run folder.
-        identity: id of the run, the same in all its commands.
-        config: the resolved config.
-    """
-
-    def __init__(self, folder: Path, identity: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: TrackedRun) -> None:
         wandb: Any = importlib.import_module("wandb")
         self._run = wandb.init(
-            dir=str(folder),
+            dir=str(run.folder),
             mode=None if "WANDB_MODE" in os.environ else "offline",
-            id=identity,
+            id=run.identity,
             resume="allow",
             project=os.environ.get("WANDB_PROJECT", "grpo_mega"),
-            name=folder.name,
-            config=dict(config),
+            name=run.folder.name,
+            config=dict(run.config),
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
         self._run.define_metric("step")

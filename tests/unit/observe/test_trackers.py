@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.observe.trackers import tracker as tracker_module
-from grpo_mega.observe.trackers.run_id import run_id
+from grpo_mega.observe.trackers.tracked_run import TrackedRun
 from grpo_mega.observe.trackers.tracker import QueuedTracker, check_trackers
 from grpo_mega.types import UserError
 
@@ -89,7 +89,7 @@ def test_a_missing_library_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
 
 def test_all_commands_of_a_run_have_one_id(tmp_path: Path) -> None:
-    first = run_id(tmp_path)
-    assert run_id(tmp_path) == first
+    first = TrackedRun.of(tmp_path, {}).identity
+    assert TrackedRun.of(tmp_path, {}).identity == first
     (tmp_path / "other").mkdir()
-    assert run_id(tmp_path / "other") != first
+    assert TrackedRun.of(tmp_path / "other", {}).identity != first
