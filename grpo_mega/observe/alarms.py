@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from grpo_mega.observe.alarm_rule import AlarmRule, Found
-from grpo_mega.observe.conditions import (
+from grpo_mega.observe.hardware.alarm_rules import MACHINE_RULES
+from grpo_mega.observe.history import History, mean
+from grpo_mega.observe.training_faults import (
     SOLVED,
     entropy_collapse,
     equal_rewards,
@@ -22,8 +24,6 @@ from grpo_mega.observe.conditions import (
     mismatch_growth,
     truncated_rollouts,
 )
-from grpo_mega.observe.hardware.alarm_rules import MACHINE_RULES
-from grpo_mega.observe.history import History, mean
 
 
 @dataclass(frozen=True)

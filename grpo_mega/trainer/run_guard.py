@@ -1,8 +1,9 @@
 """Applies the rules of `guard.rules` to the rollouts, the gradients and the mismatch of a step. Equal on every rank.
 
-A rule holds in a single step (observe/conditions.py); of several, the strongest action counts. Its input is equal on
-every rank, and the ranks still agree on the action, so that no rank makes an update that another one skips. The history
-has the values of metrics.jsonl, from which a continued run reads it again: it then decides as the uninterrupted run.
+A rule holds in a single step (observe/training_faults.py); of several, the strongest action counts. Its input is equal
+on every rank, and the ranks still agree on the action, so that no rank makes an update that another one skips. The
+history has the values of metrics.jsonl, from which a continued run reads it again: it then decides as the uninterrupted
+run.
 
 `skip_update` and `quarantine` leave the weights and the optimizer state as they are. `rollback` raises
 `RollbackRequest`, which trainer/rollback.py executes, and `stop` raises `GuardStopError`.
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_mega.config.guard_section import GuardConfig, GuardRules
-from grpo_mega.observe import conditions
+from grpo_mega.observe import training_faults
 from grpo_mega.observe.alarm_rule import Found
 from grpo_mega.observe.history import History
 from grpo_mega.observe.rollbacks import Rollbacks
@@ -39,16 +40,16 @@ _ACTIONS = ("warn", "skip_update", "quarantine", "rollback", "stop")
 """From the weakest to the strongest."""
 _RULES = tuple(GuardRules.model_fields)
 _ON_ROLLOUTS: Mapping[str, Callable[[History, float], Found | None]] = {
-    "truncation": conditions.truncated_rollouts,
-    "degenerate": conditions.equal_rewards,
-    "reward_collapse": conditions.reward_collapse,
+    "truncation": training_faults.truncated_rollouts,
+    "degenerate": training_faults.equal_rewards,
+    "reward_collapse": training_faults.reward_collapse,
 }
 _ON_GRADIENT: Mapping[str, Callable[[History, float], Found | None]] = {
-    "gradient_spike": conditions.gradient_spike,
-    "kl": conditions.far_from_reference,
-    "entropy_collapse": conditions.entropy_collapse,
+    "gradient_spike": training_faults.gradient_spike,
+    "kl": training_faults.far_from_reference,
+    "entropy_collapse": training_faults.entropy_collapse,
 }
-_ON_MISMATCH: Mapping[str, Callable[[History, float], Found | None]] = {"mismatch": conditions.mismatch_growth}
+_ON_MISMATCH: Mapping[str, Callable[[History, float], Found | None]] = {"mismatch": training_faults.mismatch_growth}
 _WATCHED = (
     "reward/mean",
     "reward/accuracy",
@@ -59,7 +60,7 @@ _WATCHED = (
     "train/entropy",
     "train/mismatch_kl",
 )
-"""Metrics that the conditions read."""
+"""Metrics that the rules read."""
 _RETRIED = ("non_finite", "gradient_spike")
 """Rules whose cause may be absent with other rollouts."""
 

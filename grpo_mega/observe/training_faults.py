@@ -1,8 +1,8 @@
-"""Conditions on the last step of a history that alarms (alarms.py) and the rules of `guard.rules` share.
+"""Faults of a training in the last step of its history, which alarms (alarms.py) and the rules of `guard.rules` share.
 
-Each returns what it found, or None. The default limits are those of the alarms. If the last step lacks the metric, the
-condition does not hold.
-Asserted by tests/unit/observe/test_conditions.py, and by the tests of both users.
+Each function returns what it found, or None. The default limits are those of the alarms. If the last step lacks the
+metric, the fault is not found.
+Asserted by tests/unit/observe/test_training_faults.py, and by the tests of both users.
 """
 
 from __future__ import annotations

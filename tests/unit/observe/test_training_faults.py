@@ -1,4 +1,4 @@
-"""grpo_mega.observe.conditions: each condition at its limit, with numbers worked by hand."""
+"""grpo_mega.observe.training_faults: each condition at its limit, with numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from grpo_mega.observe.alarm_rule import Found
-from grpo_mega.observe.conditions import (
+from grpo_mega.observe.history import History
+from grpo_mega.observe.training_faults import (
     entropy_collapse,
     equal_rewards,
     far_from_reference,
@@ -16,7 +17,6 @@ from grpo_mega.observe.conditions import (
     reward_collapse,
     truncated_rollouts,
 )
-from grpo_mega.observe.history import History
 
 
 def history_of(*values: Mapping[str, float]) -> History:
