@@ -173,3 +173,12 @@ class EvaluationConfig(Section):
     bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
     """Texts that must not be sampled, also after a space. A text of several tokens is barred at its last token. Needs
     `engine.kind=vllm`."""
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Return True if the loop evaluates after a step; the first and the last evaluation are outside of the loop.
+
+        Args:
+            step: number of the step, from 1.
+            num_steps: steps of the run.
+        """
+        return self.every is not None and step % self.every == 0 and step < num_steps

@@ -241,9 +241,8 @@ def push_between_slices(job: TrainerState, state: LoopState) -> SyncReport:
 
 
 def evaluate_if_due(job: TrainerState, state: LoopState) -> None:
-    """Evaluate every `evaluation.every` steps. The first and the last evaluation are outside of the loop."""
-    every = job.config.evaluation.every
-    if every is not None and state.step % every == 0 and state.step < job.config.train.steps:
+    """Evaluate if `EvaluationConfig.is_due`."""
+    if job.config.evaluation.is_due(state.step, job.config.train.steps):
         evaluation = evaluate(job, state)
         if evaluation is not None:
             job.observer.evaluated(evaluation)

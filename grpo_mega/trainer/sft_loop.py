@@ -120,8 +120,6 @@ def train_step(job: SftState, state: LoopState, step: int) -> LoopState:
 
 
 def evaluate_if_due(job: SftState, state: LoopState) -> None:
-    """Evaluate every `evaluation.every` steps. The first and the last evaluation are outside of the loop."""
-    every = job.config.evaluation.every
-    is_due = every is not None and state.step % every == 0 and state.step < job.config.train.steps
-    if job.engine_side is not None and is_due:
+    """Evaluate if `EvaluationConfig.is_due`."""
+    if job.engine_side is not None and job.config.evaluation.is_due(state.step, job.config.train.steps):
         job.observer.evaluated(job.engine_side.evaluate(state))

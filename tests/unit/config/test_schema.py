@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.config.schema import Config
 
 
@@ -36,3 +37,9 @@ def test_a_reference_is_needed_for_a_kl_penalty_in_the_loss_and_in_the_reward() 
 def test_a_critic_is_needed_for_generalized_advantage_estimation_only() -> None:
     assert AlgorithmConfig(name="ppo").needs_critic
     assert not AlgorithmConfig().needs_critic
+
+
+@pytest.mark.parametrize(("every", "due"), [(None, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4]), (3, [3]), (6, [])])
+def test_the_loop_evaluates_every_so_many_steps_but_not_after_the_last_one(every: int | None, due: list[int]) -> None:
+    evaluation = EvaluationConfig(every=every)
+    assert [step for step in range(1, 7) if evaluation.is_due(step, 6)] == due
