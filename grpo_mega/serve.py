@@ -92,12 +92,11 @@ def _check_machine(config: Config) -> None:
 
 
 def _start_ranks(num_ranks: int) -> int:
+    from grpo_mega.launch.node import Node
     from grpo_mega.launch.supervisor import run_ranks
 
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     command = [sys.executable, "-m", "grpo_mega.serve", *sys.argv[1:]]
-    return run_ranks(command, [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(num_ranks)])
+    return run_ranks(command, Node.of_whole_job(num_ranks).environments(os.environ))
 
 
 def serve(config: Config, host: str, port: int) -> None:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.cli.exit_codes import errors_as_exit_codes
+from grpo_mega.launch.node import Node
 from grpo_mega.launch.supervisor import run_ranks
-from grpo_mega.parallel.ports import free_port
 from tools.memory.cases import CASES, ONE_RANK_CASES, Bytes, Case, make_model, measured, predicted
 
 BARS = {"weights": 0.03, "gradients": 0.03, "optimizer": 0.03, "activations": 0.10}
@@ -78,14 +78,11 @@ def run_case(number: int, folder: Path, work: Path) -> list[Bytes]:
         RuntimeError: a rank failed.
     """
     case = CASES[number]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(case.world)}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-m", "tools.memory.worker", str(number), str(folder), str(work)]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    ranks = [
-        {**os.environ, **common, "PYTHONPATH": path, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(case.world)
-    ]
+    common = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    ranks = Node.of_whole_job(case.world).environments({**os.environ, **common})
     if run_ranks(command, ranks) != 0:
         raise RuntimeError(f"a rank of {case.name!r} failed; its message is above")
     answers = [work / f"case_{number}_rank_{rank}.json" for rank in range(case.world)]

@@ -33,8 +33,8 @@ from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.config.schema import Config
 from grpo_mega.data.hub.fetch import pinned_overrides, with_hub_inputs
+from grpo_mega.launch.node import Node
 from grpo_mega.launch.supervisor import run_ranks
-from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
 
 # Limit of |g - g_one| / |g_one| of one tensor: more than the rounding error of a trained model, less than any defect.
@@ -117,10 +117,9 @@ def measure_on_ranks(worker: str, job: Path, world: int) -> None:
     Raises:
         RuntimeError: a rank failed; its message is on the screen.
     """
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     # libraries warn about missing optional features, once per rank
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
-    ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+    ranks = Node.of_whole_job(world).environments({**os.environ, **threads})
     command = [sys.executable, "-m", "grpo_mega.cli.layout_worker", worker, str(job)]
     if run_ranks(command, ranks) != 0:
         raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")

@@ -39,11 +39,11 @@ from grpo_mega.config.sampling_options import EVALUATION_ONLY
 from grpo_mega.config.schema import Config
 from grpo_mega.data.hub.fetch import fetch_model, with_hub_inputs
 from grpo_mega.doctor.model_rules import check_model
+from grpo_mega.launch.node import Node
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.summary import read_summary
 from grpo_mega.parallel.devices import num_visible_gpus
-from grpo_mega.parallel.ports import free_port
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.types import UserError
@@ -246,10 +246,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         job, answer = Path(work) / "job.json", Path(work) / "answer.json"
         settings = {"config": config.model_dump(mode="json"), "model": str(folder), "weights": str(checkpoint.weights)}
         job.write_text(json.dumps(settings | {"answer": str(answer)}))
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
         threads["HF_HUB_OFFLINE"] = "1"  # all inputs are local now
-        ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+        ranks = Node.of_whole_job(world).environments({**os.environ, **threads})
         code = run_ranks([sys.executable, "-m", "grpo_mega.cli.evaluate_worker", str(job)], ranks)
         if code != 0:
             raise RankFailedError(code)

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
+from grpo_mega.launch.node import Node
 from grpo_mega.launch.rendezvous import NodeInfo, RendezvousError, rendezvous
 from grpo_mega.launch.restarts import run_with_restarts, take_restarts
 from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
@@ -31,32 +32,6 @@ from grpo_mega.types import UserError
 Place = Literal["worker", "slurm_step", "slurm_allocation", "machine"]
 
 _DEFAULT_PORT = 29500  # torchrun's default: machines that are started by hand must agree on a port
-
-
-@dataclass(frozen=True)
-class Node:
-    """This machine in the job. Its `num_ranks` ranks start at rank `node_rank * num_ranks`."""
-
-    num_nodes: int
-    node_rank: int
-    num_ranks: int
-    master_addr: str
-    master_port: int
-
-    @property
-    def world_size(self) -> int:
-        return self.num_nodes * self.num_ranks
-
-    def rank_environment(self, local_rank: int) -> dict[str, str]:
-        """Return the environment variables of rank `local_rank` of this machine."""
-        return {
-            "RANK": str(self.node_rank * self.num_ranks + local_rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(local_rank),
-            "LOCAL_WORLD_SIZE": str(self.num_ranks),
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": str(self.master_port),
-        }
 
 
 def find_place(env: Mapping[str, str]) -> Place:
@@ -252,7 +227,7 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str], restart
         node = machine_node(env, request.world_size)
     if local_rank is not None:
         replace_process(worker, {**env, **node.rank_environment(local_rank)})
-    environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
+    environments = node.environments(env)
     if node.num_nodes == 1:
         return run_ranks(worker, environments, limits=request.limits)
     me = NodeInfo(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())

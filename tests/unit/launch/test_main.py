@@ -37,18 +37,6 @@ def test_the_kind_of_start_is_detected_from_the_environment() -> None:
     assert main.find_place({"RANK": "0"}) == "machine"
 
 
-def test_rank_environment_numbers_ranks_across_nodes() -> None:
-    env = main.Node(2, 1, 4, "host0", 29500).rank_environment(3)
-    assert env == {
-        "RANK": "7",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "3",
-        "LOCAL_WORLD_SIZE": "4",
-        "MASTER_ADDR": "host0",
-        "MASTER_PORT": "29500",
-    }
-
-
 def test_a_master_port_in_use_is_named() -> None:
     with socket.socket() as server:
         server.bind(("", 0))
