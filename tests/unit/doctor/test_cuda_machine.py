@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from grpo_mega.config.load import load_config
-from grpo_mega.doctor import machine
+from grpo_mega.doctor import cuda_machine, machine
 from grpo_mega.doctor.cuda_machine import CudaFacts, check_cuda, find_system_cudnn, read_facts, torch_cuda
 from grpo_mega.doctor.examine import examine_machine
 from grpo_mega.parallel import devices
@@ -173,6 +173,13 @@ def test_open_files_are_compared_with_the_groups_of_the_layout(topology: Topolog
     finding = machine.check_open_files(topology, limit, on_cuda=True, with_vllm=True)
     assert finding.status == status
     assert ("ulimit -n 2048" in finding.remedy) == (status == "fail")
+
+
+def test_the_checks_run_on_a_machine_with_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0000:01:00.0").touch()
+    monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path)
+    monkeypatch.setattr(cuda_machine, "read_facts", lambda env: replace(RIGHT, system_cudnn="/usr/lib/libcudnn.so"))
+    assert {found.check: found.status for found in examine_machine({})}["cuDNN"] == "warn"
 
 
 @pytest.mark.skipif(devices.has_cuda_driver(), reason="this machine has a GPU: its own findings may be warnings")

@@ -386,7 +386,9 @@ def test_the_tool_prints_all_findings_and_the_failed_checks(model: Path, capsys:
     arguments = [str(QUICKSTART), "model.base=null", f"model.path={model}", "--json"]
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"layout", "rewards", "checkpoint", "disk", "host memory", "port"} <= {row["check"] for row in rows}
+    assert {"layout", "rewards", "checkpoint", "disk", "host memory", "open files", "port"} <= {
+        row["check"] for row in rows
+    }
     assert all(set(row) == {"check", "status", "message", "remedy"} for row in rows)
     assert main([*arguments, "data.template=chat"]) == 2
     assert "error: chat template:" in capsys.readouterr().err

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo_mega.models.config_readers import spec_from_config
+from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy import build
 from grpo_mega.policy.megatron_patches import fixes
 from grpo_mega.policy.weight_source import weight_copies
 from tests.helpers.family_configs import raw_family_config
@@ -186,3 +188,20 @@ def test_groups_of_megatron_have_no_gloo_on_cuda(on_cuda: bool, backend: str | N
     assert backends == [backend, backend, "gloo"]
     assert parallel_state.create_group.__name__ == "create_group"
     assert not hasattr(parallel_state.create_group, "__wrapped__")
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "nccl"), ("cpu", None)])
+def test_the_policy_creates_its_groups_without_gloo_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str | None
+) -> None:
+    from megatron.core import parallel_state
+
+    backends: list[str | None] = []
+    topology = Topology(1)
+    ranks = Ranks(topology, topology.coordinates(0), torch.device(device, 0))
+    monkeypatch.setattr(parallel_state, "create_group", lambda ranks, backend=None: backends.append(backend))
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: False)
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda *_, **__: parallel_state.create_group([0]))
+    monkeypatch.setattr(build.tensor_parallel, "model_parallel_cuda_manual_seed", lambda seed: None)
+    build.init_groups(ranks, 60.0)
+    assert backends == [backend]
