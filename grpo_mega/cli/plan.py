@@ -1,6 +1,7 @@
 """Predict the memory and time of a run before it starts, on any machine: no GPU, no weights.
 
     grpo-mega plan CONFIG [section.key=value ...] [--gpu h100-80g] [--nodes N] [--search] [--html FILE] [--json]
+    grpo-mega plan CONFIG --lengths FILE|lognormal:MU,SIGMA
     python tools/plan.py CONFIG [section.key=value ...] [--gpu h100-80g] [--nodes N] [--search] [--html FILE] [--json]
 
 The model's folder needs only its config.json. If `model.path` is not a folder on this machine, the shipped
@@ -8,6 +9,10 @@ configs/models/<its name> is used, else the config.json of the model of this nam
 comes from `--nodes` and `--gpus-per-node`. Without them, `run.world_size` is used, and without all, one node. If the
 layout of the config does not divide the devices of these options, the layouts that fit on them are searched, as with
 `--search`. `--assume NAME=VALUE` replaces an assumption, for example `mean_length=0.2`; `--json` lists all of them.
+
+`--lengths` simulates steps with answers of these lengths, and compares synchronous steps, partial rollouts and
+asynchronous engine servers (docs/layouts.md). It takes a text file with one length in tokens per line, the folder of a
+run or of one step's rollouts, or `lognormal:MU,SIGMA` in natural logarithms of tokens.
 
 Exit code 0: the run fits (with --search: a layout fits); 2: it does not fit, or the input is wrong; 1: a failure of
 the tool itself.
@@ -25,9 +30,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.cli.output_files import check_output_file
+from grpo_mega.cli.simulate_steps import read_lengths, simulated_steps
 from grpo_mega.config.load import load_config
 from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.config.option_parser import OptionParser
@@ -42,6 +49,7 @@ from grpo_mega.planner.plan import ResourcePlan, plan_resources
 from grpo_mega.planner.remedies import as_overrides, remedy
 from grpo_mega.planner.report import memory_picture, plan_text, search_text
 from grpo_mega.planner.search import FittingLayout, search
+from grpo_mega.planner.simulation.lengths import AnswerLengths
 from grpo_mega.types import UserError
 
 NODES_SEARCHED = (1, 2, 4, 8, 16, 32, 64)
@@ -85,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus-per-node", type=int, help="GPUs of a node (default: the usual number, 8)")
     parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption")
     parser.add_argument("--search", action="store_true", help="list the layouts that fit, the fastest first")
+    parser.add_argument("--lengths", metavar="SOURCE", help="simulate steps with answers of these lengths")
     parser.add_argument("--html", type=Path, help="write a picture of the memory per phase to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
@@ -99,6 +108,11 @@ def run(args: argparse.Namespace) -> int:
         UserError: the input is wrong.
     """
     gpu, assumed = gpu_of(args), assumptions_of(args.assume)
+    if args.search and args.lengths is not None:
+        raise UserError(
+            f"--lengths={args.lengths} is not supported with --search, which changes the layout",
+            remedy="leave one of them out, and simulate a layout that was found",
+        )
     if args.search:  # the search chooses the number of devices and the layout
         config = load_config(args.config, args.overrides)
         if config.has_engine:
@@ -108,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     if planned is None:
         return search_instead(args, gpu, assumed)
     config = planned
+    lengths = lengths_of(args.lengths, config)
     model = model_of(config, gpu, assumed)
     plan = model.plan(config)
     change = None if plan.fits else remedy(plan, model.plan, model.spec.num_layers)
@@ -117,12 +132,37 @@ def run(args: argparse.Namespace) -> int:
             memory_picture(plan, f"{args.config.name} on {plan.inputs.topology.world_size} x {gpu.name}")
         )
     print(plan_text(plan, overrides_to_fit))
+    simulation = {} if lengths is None or not plan.fits else _print_simulation(args, plan, lengths, model)
     if args.json:
-        print(json.dumps(plan.as_json(overrides_to_fit)))
+        print(json.dumps(plan.as_json(overrides_to_fit) | simulation))
     if not plan.fits:
         change_text = " ".join(overrides_to_fit or ["none was found"])
         print(f"error: {args.config} does not fit: {plan.problems[0]}; remedy: {change_text}", file=sys.stderr)
     return 0 if plan.fits else 2
+
+
+def lengths_of(given: str | None, config: Config) -> AnswerLengths | None:
+    """Return the lengths of `--lengths`; None without the option.
+
+    Raises:
+        UserError: the value is wrong, or the run samples nothing.
+    """
+    if given is None:
+        return None
+    if not config.has_engine:
+        raise UserError(
+            f"--lengths={given} needs a run that samples, and supervised fine-tuning does not", remedy="leave it out"
+        )
+    return read_lengths(given, config.sampling.max_tokens)
+
+
+def _print_simulation(
+    args: argparse.Namespace, plan: ResourcePlan, lengths: AnswerLengths, model: PlannedModel
+) -> dict[str, Any]:
+    """Print the simulated steps and return their part of `--json`."""
+    simulation = simulated_steps(plan, lengths, args.config, args.overrides, model.plan)
+    print(f"\n{simulation.text()}")
+    return {"simulation": simulation.as_json()}
 
 
 def gpu_of(args: argparse.Namespace) -> Gpu:
@@ -193,6 +233,11 @@ def search_instead(args: argparse.Namespace, gpu: Gpu, assumed: Mapping[str, flo
     config = load_config(args.config, [*args.overrides, "run.world_size=null"])
     if config.has_engine:
         KvCacheSize.from_config(config).check()
+    if args.lengths is not None:
+        raise UserError(
+            f"--lengths={args.lengths} needs one layout, and that of the config does not divide the devices",
+            remedy="leave it out, and use it with the overrides of a layout that is found",
+        )
     if args.html is not None:
         raise UserError(
             f"--html={args.html} needs one layout, and that of the config does not divide the devices",

@@ -54,19 +54,42 @@ def rollout_seconds(inputs: PlanInputs, engine: EngineMemory, forward_flops: flo
     full = decode_step(inputs, engine, at_once, active).seconds
     last = decode_step(inputs, engine, max(1.0, mean * at_once), active).seconds
     prompt_tokens = config.data.prompts_per_step * config.data.max_prompt_tokens * mean
-    devices = topology.num_server_ranks or topology.world_size
-    prefill = prompt_tokens * forward_flops / (devices * inputs.gpu.bf16_flops * assumed.prefill_flops)
+    prefill = prompt_tokens / topology.num_shares * prefill_token_seconds(inputs, forward_flops)
     return replaced_steps * full + longest * last + prefill
 
 
+def prefill_token_seconds(inputs: PlanInputs, forward_flops: float) -> float:
+    """Return the seconds in which the ranks of one prompt shard compute one token of a prompt.
+
+    Args:
+        inputs: the run.
+        forward_flops: operations of one prompt token.
+    """
+    rate = inputs.topology.engine_tp * inputs.gpu.bf16_flops * inputs.assumptions.prefill_flops
+    return forward_flops / rate
+
+
 def rollouts_at_once(inputs: PlanInputs, engine: EngineMemory) -> float:
-    """Return the number of rollouts that one prompt shard of an engine runs at the same time."""
+    """Return the number of rollouts of a step that one prompt shard of an engine runs at the same time."""
     rollouts = math.ceil(inputs.workload.rollouts / inputs.topology.num_shares)
-    fit_in_cache = engine.kv_cache / (engine.kv_bytes_per_token * max(1.0, inputs.workload.mean))
-    return max(1.0, min(rollouts, inputs.config.engine.max_num_seqs, fit_in_cache))
+    return max(1.0, min(rollouts, running_limit(inputs, engine, inputs.workload.mean)))
 
 
-def decode_step(inputs: PlanInputs, engine: EngineMemory, running: float, active: float) -> DecodeStep:
+def running_limit(inputs: PlanInputs, engine: EngineMemory, mean_tokens: float) -> float:
+    """Return the most rollouts that one prompt shard of an engine can run at the same time.
+
+    Args:
+        inputs: the run.
+        engine: its engine's memory.
+        mean_tokens: mean tokens of a complete rollout, with its prompt.
+    """
+    fit_in_cache = engine.kv_cache / (engine.kv_bytes_per_token * max(1.0, mean_tokens))
+    return max(1.0, min(inputs.config.engine.max_num_seqs, fit_in_cache))
+
+
+def decode_step(
+    inputs: PlanInputs, engine: EngineMemory, running: float, active: float, cached: float | None = None
+) -> DecodeStep:
     """Return the seconds of a decode step with `running` rollouts in each prompt shard.
 
     A running rollout has P + M m / (1 + m) tokens in the cache on average, where P is the mean prompt: the mean of
@@ -77,10 +100,12 @@ def decode_step(inputs: PlanInputs, engine: EngineMemory, running: float, active
         engine: memory of the engine on one GPU.
         running: rollouts that sample at the same time in one prompt shard.
         active: parameters that a token uses.
+        cached: mean tokens of a running rollout in the cache; None: those above.
     """
     config, assumed, gpu = inputs.config, inputs.assumptions, inputs.gpu
     mean, longest = assumed.mean_length, config.sampling.max_tokens
-    cached = config.data.max_prompt_tokens * mean + longest * mean / (1 + mean)
+    if cached is None:
+        cached = config.data.max_prompt_tokens * mean + longest * mean / (1 + mean)
     read = _weights_read(inputs, engine, running) + running * cached * engine.kv_bytes_per_token
     return DecodeStep(
         memory=read / (gpu.memory_bandwidth * assumed.decode_bandwidth),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,9 +133,9 @@ class OurSide:
         return SampledGroups.of(rollouts, size)
 
 
-def main() -> None:
-    """Execute commands until the parent closes the stream."""
-    channel, settings = Channel(), json.loads(sys.argv[1])
+@contextmanager
+def built_job(settings: dict[str, Any], config: Config) -> Iterator[tuple[BuiltJob, Sequence[Prompt]]]:
+    """Build the job of this process, and yield it with its prompts."""
     import torch
 
     from grpo_mega.config.load import resolved
@@ -146,12 +147,20 @@ def main() -> None:
 
     torch.set_num_threads(settings["threads"])
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=settings["port"])
-    config = config_of(settings)
     prepared = prepare(config)
     ranks = init_ranks(prepared.topology, config.guard.timeout_seconds)
     run = open_run(Path(settings["run_dir"]), resolved(config), overwrite=False, train_steps=MAX_STEPS)
     with building(config, ranks, run, Path(settings["model"]), prepared.train_prompts, None, StopRequests()) as built:
-        side = OurSide(built, prepared.train_prompts.prompts)
+        yield built, prepared.train_prompts.prompts
+
+
+def main() -> None:
+    """Execute commands until the parent closes the stream."""
+    channel, settings = Channel(), json.loads(sys.argv[1])
+    import torch
+
+    with built_job(settings, config_of(settings)) as (built, prompts):
+        side = OurSide(built, prompts)
         channel.send({"threads": torch.get_num_threads()})
         while (command := channel.receive()) is not None:
             channel.send(side.train_only(command["completions"]) if command["completions"] else side.whole())

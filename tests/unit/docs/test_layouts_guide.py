@@ -17,7 +17,7 @@ TOOLS = {"plan": plan.main, "doctor": doctor.main}
 
 
 def test_the_guide_has_commands() -> None:
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
 
 
 @pytest.mark.parametrize(("command", "shown"), BLOCKS, ids=[c.partition("tool.sh ")[2][:60] for c, _ in BLOCKS])

@@ -1,0 +1,311 @@
+"""Bounded asynchrony: engine servers sample while the policy trains, and never wait for a whole batch.
+
+- Each server samples a prompt shard, and its complete groups enter a buffer. The policy takes the quota of each shard:
+  of the complete groups those that were begun first, without those that have a token of more than `max_staleness`
+  versions ago. The prompts of these are sampled again.
+- While the policy trains on step k, groups are begun up to those of step k + `max_staleness` / updates of a step.
+- After each step the weights are pushed between two decode steps. The servers pause for the sync, compute the cache of
+  their running rollouts again with the new weights, and continue.
+
+Differs from docs/asynchrony.md: there are no slices, so places of short answers are never empty and a pause can begin
+after any decode step; and no step waits for a group that was begun a second time.
+
+Events are ends of rollouts, ends of steps of the policy, and pushes. Asserted by
+tests/unit/planner/simulation/test_asynchronous.py.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from grpo_mega.planner.simulation.costs import EngineCost
+from grpo_mega.planner.simulation.workload import SimulatedJob, SimulatedMode
+
+
+@dataclass(eq=False)
+class _Group:
+    """A prompt whose answers are sampled.
+
+    Attributes:
+        number: place in the order in which the groups of the shard were begun.
+        lengths: tokens of each rollout.
+        num_open: rollouts that are not complete.
+        versions: sum of the versions of the sampled tokens.
+        oldest: version of the first token; None before it.
+        has_prompt: True if the engine has computed the prompt.
+        is_second: True if its prompt was dropped before; it is not dropped again.
+    """
+
+    number: int
+    lengths: list[int]
+    num_open: int
+    versions: int = 0
+    oldest: int | None = None
+    has_prompt: bool = False
+    is_second: bool = False
+
+    def count(self, tokens: int, version: int) -> None:
+        """Count tokens that weights of this version sampled."""
+        self.versions += version * tokens
+        if tokens and self.oldest is None:
+            self.oldest = version
+
+    def is_older_than(self, version: int) -> bool:
+        """Return True if older weights sampled a token; False for a group that was dropped before."""
+        return not self.is_second and self.oldest is not None and self.oldest < version
+
+
+@dataclass
+class _Server:
+    """An engine with the decode steps that it has made and its rollouts.
+
+    Attributes:
+        cost: seconds of its work.
+        prompt_tokens: of every prompt.
+        quota: groups that its shard gives to a step.
+        time: until which it is simulated, in seconds.
+        busy: seconds in which it computed.
+        steps: decode steps so far.
+        running: heap of (decode step of the end, number, group); each also in `marks`.
+        marks: number -> decode step up to which the versions of a running rollout are counted.
+        cached: tokens in the cache.
+        waiting: rollouts (group, length) that wait for a place.
+        ready: complete groups that no step has taken.
+        again: dropped groups whose prompts are sampled next.
+    """
+
+    cost: EngineCost
+    prompt_tokens: int
+    quota: int
+    time: float = 0.0
+    busy: float = 0.0
+    steps: int = 0
+    sampled: int = 0
+    running: list[tuple[int, int, _Group, int]] = field(default_factory=list)
+    marks: dict[int, int] = field(default_factory=dict)
+    cached: int = 0
+    waiting: deque[tuple[_Group, int]] = field(default_factory=deque)
+    ready: list[_Group] = field(default_factory=list)
+    again: list[_Group] = field(default_factory=list)
+    num_rollouts: int = 0
+    num_groups: int = 0
+    num_taken: int = 0
+
+    def begin(self, lengths: list[list[int]]) -> None:
+        """Let the dropped groups and new groups with these lengths wait for places."""
+        self.num_taken += len(lengths)
+        for row, is_second in [*((group.lengths, True) for group in self.again), *((row, False) for row in lengths)]:
+            group = _Group(self.num_groups, row, len(row), is_second=is_second)
+            self.num_groups += 1
+            self.waiting.extend((group, length) for length in row)
+        self.again.clear()
+
+    def drop(self, version: int) -> int:
+        """Drop ready groups with a token of older weights, and return their number."""
+        old = [group for group in self.ready if group.is_older_than(version)]
+        self.ready = [group for group in self.ready if group not in old]
+        self.again += old
+        return len(old)
+
+    def take(self) -> list[_Group]:
+        """Return the groups of a step: of those that are ready the first that were begun."""
+        self.ready.sort(key=lambda group: group.number)
+        taken, self.ready = self.ready[: self.quota], self.ready[self.quota :]
+        return taken
+
+    def admit(self) -> None:
+        """Begin waiting rollouts while there are places; the first of a group computes the prompt."""
+        computed = 0
+        while self.waiting and len(self.running) < self.cost.max_running:
+            group, length = self.waiting.popleft()
+            if not group.has_prompt:
+                group.has_prompt = True
+                computed += self.prompt_tokens
+            heapq.heappush(self.running, (self.steps + length, self.num_rollouts, group, length))
+            self.marks[self.num_rollouts] = self.steps
+            self.num_rollouts += 1
+            self.cached += self.prompt_tokens
+        self._work(computed * self.cost.prefill_token)
+
+    def next_event(self) -> float:
+        """Return the time of the next end of a rollout; infinity if none runs."""
+        if not self.running:
+            return float("inf")
+        return self.time + self.cost.decode(len(self.running), self.cached, self.running[0][0] - self.steps)
+
+    def advance(self, until: float, version: int) -> None:
+        """Make decode steps until the time is reached; the last may end later.
+
+        No rollout may end before the last of these steps.
+        """
+        if not self.running:
+            self.time = max(self.time, until)
+            return
+        most = self.running[0][0] - self.steps
+        self._decode(self.cost.steps_until(len(self.running), self.cached, until - self.time, most))
+        self._end_rollouts(version)
+
+    def finish_rollouts(self, version: int) -> None:
+        """Make the decode steps up to the next end of a rollout."""
+        self._decode(self.running[0][0] - self.steps)
+        self._end_rollouts(version)
+
+    def _end_rollouts(self, version: int) -> None:
+        """Remove the rollouts that have all of their tokens, and begin others."""
+        while self.running and self.running[0][0] == self.steps:
+            _, number, group, length = heapq.heappop(self.running)
+            group.count(self.steps - self.marks.pop(number), version)
+            self.cached -= self.prompt_tokens + length
+            group.num_open -= 1
+            if group.num_open == 0:
+                self.ready.append(group)
+        self.admit()
+
+    def push(self, version: int, pause: float) -> None:
+        """Take new weights: count the tokens of the old `version`, pause, and compute the cache again."""
+        for _, number, group, _ in self.running:
+            group.count(self.steps - self.marks[number], version)
+            self.marks[number] = self.steps
+        self.time += pause
+        self.busy += pause
+        groups = len({group for _, _, group, _ in self.running})
+        sampled = self.cached - len(self.running) * self.prompt_tokens
+        self._work((sampled + groups * self.prompt_tokens) * self.cost.prefill_token)
+
+    def _decode(self, steps: int) -> None:
+        running = len(self.running)
+        self._work(self.cost.decode(running, self.cached, steps))
+        self.steps += steps
+        self.cached += running * steps
+        self.sampled += running * steps
+
+    def _work(self, seconds: float) -> None:
+        self.time += seconds
+        self.busy += seconds
+
+
+class AsynchronousRun:
+    """A simulated run.
+
+    Args:
+        job: the job; its shards are the servers.
+        max_staleness: most updates between the weights of a trained token and the policy's.
+        seed: of the lengths.
+    """
+
+    def __init__(self, job: SimulatedJob, max_staleness: int, seed: int) -> None:
+        self._job, self._max_staleness, self._rng = job, max_staleness, np.random.default_rng(seed)
+        self._ahead = max_staleness // job.updates_per_step
+        self._servers = [_Server(job.engine, job.prompt_tokens, quota) for quota in job.quotas]
+        self._dropped, self._step, self._time = 0, 0, 0.0
+        self.trained: list[list[_Group]] = []
+        self.starts: list[float] = []
+        self.ages: list[tuple[int, int]] = []
+
+    def run(self, num_steps: int, warm_steps: int) -> SimulatedMode:
+        """Simulate steps; return the mean values of those after the first ones.
+
+        Args:
+            num_steps: steps that count.
+            warm_steps: steps before them.
+        """
+        waited = busy = 0.0
+        measured = (0.0, 0.0, 0, 0, 0)
+        for step in range(warm_steps + num_steps):
+            if step == warm_steps:
+                measured, waited = self._state(), 0.0
+            self._begin_groups()
+            waited += self._wait_for_groups()
+            batch = [group for server in self._servers for group in server.take()]
+            self._record(batch)
+            self._train(np.array([group.lengths for group in batch]))
+        time, busy, steps, sampled, dropped = (b - a for a, b in zip(measured, self._state(), strict=True))
+        policy, servers = self._job.policy_devices, self._job.server_devices
+        idle = policy * waited + servers * (time - busy / len(self._servers))
+        batches, ages = self.trained[warm_steps:], self.ages[warm_steps:]
+        tokens = sum(sum(group.lengths) for batch in batches for group in batch)
+        prompts = num_steps * self._job.prompts_per_step * self._job.group_size * self._job.prompt_tokens
+        return SimulatedMode(
+            f"asynchronous, max_staleness {self._max_staleness}",
+            policy,
+            servers,
+            time / num_steps,
+            self._job.updates_per_step,
+            idle_share=float(idle / (self._job.devices * time)),
+            running=sampled / max(1, steps),
+            tokens_per_step=(tokens + prompts) / num_steps,
+            staleness_mean=sum(total for total, _ in ages) / tokens,
+            staleness_max=max(oldest for _, oldest in ages),
+            dropped_groups=dropped / num_steps,
+        )
+
+    @property
+    def _version(self) -> int:
+        return self._step * self._job.updates_per_step
+
+    def _state(self) -> tuple[float, float, int, int, int]:
+        servers = self._servers
+        return (
+            self._time,
+            sum(server.busy for server in servers),
+            sum(server.steps for server in servers),
+            sum(server.sampled for server in servers),
+            self._dropped,
+        )
+
+    def _begin_groups(self) -> None:
+        """Begin the groups that the bound allows, and those of dropped prompts."""
+        job = self._job
+        for server in self._servers:
+            allowed = (self._step + 1 + self._ahead) * server.quota
+            drawn = job.lengths.draw(self._rng, max(0, allowed - server.num_taken), job.group_size)
+            server.begin(drawn.tolist())
+            if server.waiting and len(server.running) < job.engine.max_running:
+                server.advance(self._time, self._version)
+                server.admit()
+
+    def _wait_for_groups(self) -> float:
+        """Simulate the servers until all have the groups of a step; return the seconds that the policy waits."""
+        begin = self._time
+        while True:
+            self._drop_old_groups()
+            if all(len(server.ready) >= server.quota for server in self._servers):
+                return self._time - begin
+            self._time = max(self._time, self._next_end())
+
+    def _next_end(self) -> float:
+        """Simulate the next end of a rollout; return its time."""
+        server = min(self._servers, key=_Server.next_event)
+        assert server.running, "no rollout runs, and a shard lacks groups"
+        server.finish_rollouts(self._version)
+        return server.time
+
+    def _drop_old_groups(self) -> None:
+        """Drop ready groups that are too old, and begin them again."""
+        dropped = sum(server.drop(self._version - self._max_staleness) for server in self._servers)
+        self._dropped += dropped
+        if dropped:
+            self._begin_groups()
+
+    def _record(self, batch: list[_Group]) -> None:
+        tokens = sum(sum(group.lengths) for group in batch)
+        age = self._version * tokens - sum(group.versions for group in batch)
+        oldest = self._version - min(group.oldest or 0 for group in batch)
+        self.trained.append(batch)
+        self.ages.append((age, oldest))
+
+    def _train(self, lengths: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+        """Simulate the servers while the policy trains, and push the weights."""
+        seconds = self._job.policy_seconds(lengths)
+        pause = self._job.policy.sync
+        end = self._time + seconds - pause
+        while min(map(_Server.next_event, self._servers)) <= end:
+            self._next_end()
+        for server in self._servers:
+            server.advance(end, self._version)
+            server.push(self._version, pause)
+        self._time, self._step = end + pause, self._step + 1
