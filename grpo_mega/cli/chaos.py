@@ -4,7 +4,8 @@
 
 Small runs on this machine, over layouts and engines: a rank, the launcher, a process of the engine, a reward worker or
 an engine server gets SIGKILL, SIGTERM, SIGINT or SIGSTOP. The same command is started again until it succeeds. Then
-policy, metrics and rollouts must equal those of the undisturbed run, and no process, shared memory or temporary file
+policy, metrics and rollouts must equal those of the undisturbed run (with sampling during training: every prompt that
+was begun must be trained once or carried at the end), and no process, shared memory or temporary file
 may be left 15 s after the end of a command.
 
 Exit code 0: all cases ended so; 1: one did not; 2: wrong input.
@@ -26,6 +27,8 @@ from grpo_mega.cli.chaos_run import ChaosOutcome, ChaosRuns
 from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.types import UserError
+
+_ENDED = {True: "equal, nothing left", False: "no prompt lost or used twice, nothing left"}
 
 
 @errors_as_exit_codes(RuntimeError)
@@ -89,7 +92,7 @@ def _work_folder(named: Path | None) -> Path:
 
 def _row(outcome: ChaosOutcome) -> str:
     case = outcome.case
-    text = "equal, nothing left" if not outcome.problems else "; ".join(outcome.problems)
+    text = _ENDED[case.scenario.is_repeatable] if not outcome.problems else "; ".join(outcome.problems)
     if not outcome.was_hit:
         text += " (the run was complete before the signal)"
     number = f" {case.number}" if case.victim == "rank" else ""
@@ -106,7 +109,7 @@ def _row(outcome: ChaosOutcome) -> str:
 
 
 def _line(*columns: str) -> str:
-    widths = (4, 16, 8, 15, 6, 6, 7, 0)
+    widths = (4, 17, 8, 15, 6, 6, 7, 0)
     return "  ".join(f"{column:<{width}}" for column, width in zip(columns, widths, strict=True)).rstrip()
 
 

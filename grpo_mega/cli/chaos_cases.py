@@ -26,12 +26,22 @@ _COMMON = (
 
 @dataclass(frozen=True)
 class Scenario:
-    """A layout with an engine: the overrides of the quickstart config, and the processes that may get a signal."""
+    """A layout with an engine: the overrides of the quickstart config, and the processes that may get a signal.
+
+    `is_repeatable` is False if a run depends on the speed of its processes: then the use of prompts is counted, and
+    nothing is compared.
+    """
 
     name: str
     world_size: int
     overrides: tuple[str, ...]
     victims: tuple[Victim, ...]
+    is_repeatable: bool = True
+
+    @property
+    def has_server(self) -> bool:
+        """True if the engine is a server."""
+        return "engine.placement=server" in self.overrides
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -45,12 +55,23 @@ SCENARIOS = (
     Scenario("TP2 vLLM", 2, ("parallel.tp=2", "engine.tp=2"), _OF_VLLM),
     Scenario("DP2 vLLM server", 2, ("engine.placement=server",), ("rank", "launcher", "server")),
     Scenario(
+        "vLLM async server",
+        1,
+        (
+            "engine.placement=server",
+            "train.max_staleness=4",
+            "train.slice_tokens=1",
+            "algorithm.correction=token_truncated",
+        ),
+        ("rank", "launcher", "server"),
+        is_repeatable=False,
+    ),
+    Scenario(
         "DP2 vLLM partial", 2, ("sampling.partial={oversubmit: 1.5, slice_tokens: 1, max_staleness: 8}",), _OF_VLLM
     ),
     Scenario("TP2 PP2 vLLM", 4, ("parallel.tp=2", "parallel.pp=2", "engine.tp=2"), _OF_VLLM),
     Scenario("TP2 SGLang", 2, ("parallel.tp=2", "engine.kind=sglang", "engine.tp=2"), (*_OF_VLLM, "engine process")),
 )
-SERVER_SCENARIO = "DP2 vLLM server"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from grpo_mega.cli.chaos_cases import SERVER_SCENARIO, ChaosCase, Scenario
+from grpo_mega.cli.chaos_cases import ChaosCase, Scenario
+from grpo_mega.cli.prompt_use import read_prompt_use
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.parallel.shared_memory import SHARED_MEMORY
 
@@ -124,7 +125,7 @@ class ChaosRuns:
         else:
             problems.append(f"the run was not complete after {_STARTS} starts: {run.output[-400:]}")
         if not problems:
-            problems += differences(folder, expected.folder)
+            problems += differences(folder, expected.folder) if case.scenario.is_repeatable else use_problems(folder)
         return ChaosOutcome(case, starts, was_hit, time.monotonic() - begin, tuple(problems))
 
     def _disturb(self, run: _Run, case: ChaosCase, expected: Undisturbed) -> bool:
@@ -156,7 +157,7 @@ class ChaosRuns:
         ]
         with ExitStack() as stack:
             server = None
-            if scenario.name == SERVER_SCENARIO:
+            if scenario.has_server:
                 port = free_port()
                 server = stack.enter_context(self._process(["serve", *arguments, f"--port={port}"], f"{name}_server"))
                 arguments.append(f"engine.urls=['127.0.0.1:{port}']")
@@ -258,6 +259,18 @@ def differences(run: Path, expected: Path) -> list[str]:
         if path.is_file() and (not other.is_file() or other.read_bytes() != path.read_bytes()):
             problems.append(f"rollouts: {path.relative_to(expected)} differs")
     return problems
+
+
+def use_problems(run: Path) -> list[str]:
+    """Return what is wrong with a complete run that need not equal another one: its steps, and its use of prompts."""
+    try:
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        steps = [line.get("step") for line in _lines(run / "metrics.jsonl")]
+    except (OSError, ValueError) as error:
+        return [f"the run is not complete: {error}"]
+    if summary["status"] != "done" or steps != list(range(1, summary["steps"] + 1)):
+        return [f"the run is not complete: status={summary['status']}, steps {steps}"]
+    return read_prompt_use(run).problems()
 
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:

@@ -73,7 +73,7 @@ class BackgroundSampler:
         self._has_cache = False  # the engine has computed tokens of the open groups with its present weights
         self._gauges = EngineGauges()
         self.failure: Exception | None = None
-        """Exception of a thread, which ended both; None while they run."""
+        """Exception of a thread, which ended both; None while they run, and after `stop`."""
 
     def start(self, request: SliceRequest) -> None:
         """Continue with the request of a step; start the threads if they do not run."""
@@ -96,7 +96,7 @@ class BackgroundSampler:
         self._cancelled.set()
         for thread in self.threads:
             thread.join()
-        self.threads = []
+        self.threads, self.failure = [], None
         self.buffer.requeue_scoring()
 
     @contextmanager

@@ -88,7 +88,7 @@ def test_a_difference_is_shown_in_the_table_and_gives_exit_code_1(
 ) -> None:
     problems = iter([(), ("start 1 left /dev/shm/psm_1",)])
     monkeypatch.setattr(ChaosRuns, "run", lambda _, case: ChaosOutcome(case, 2, True, 3.0, next(problems)))
-    assert chaos.main(["--number", "2", "--work", str(tmp_path / "work"), "--json"]) == 1
+    assert chaos.main(["--number", "2", "--only", "TP2 vLLM", "--work", str(tmp_path / "work"), "--json"]) == 1
     shown = capsys.readouterr().out.splitlines()
     assert shown[1].endswith("equal, nothing left")
     assert shown[2].endswith("start 1 left /dev/shm/psm_1")

@@ -195,6 +195,7 @@ def test_a_failure_is_reported_and_its_rollouts_are_sampled_again(run: Run, part
     with pytest.raises(SamplingFailedError, match="sampling failed on rank 0: RuntimeError: the process is gone"):
         steps_until_failure()
     run.engine.hook, run.scorer.collect = lambda: None, collect  # type: ignore[method-assign]
+    run.push()  # to the engine that was built again
     check_use_of_prompts(run, [*steps, run.sample(2)])
 
 
