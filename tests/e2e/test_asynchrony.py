@@ -31,6 +31,8 @@ ASYNCHRONOUS = (
     "algorithm.correction=token_truncated",
     LIMIT,
     f"sampling.group_size={GROUP}",
+    "data.eval=arithmetic:heldout",
+    "evaluation={every: 2, k: 1, max_prompts: 8}",
     f"train.steps={STEPS}",
 )
 
@@ -50,6 +52,7 @@ def test_a_server_samples_while_the_policy_trains(server: RunningServer, tmp_pat
     run = tmp_path / "run"
     run_job_successfully(*arguments(server, run), output=tmp_path / "log")
     lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [2, 4], "evaluations pause sampling"
     assert 0 < max(line["rollout/staleness_max"] for line in lines) <= 2 * UPDATES
     # the mismatch guard compares the tokens of the present weights with the policy: those of other weights differ
     assert all(line["train/mismatch_max"] < 1e-3 for line in lines)
