@@ -5,8 +5,9 @@
 Both sides train the model of tools/bench_partial.py on one rank, with one engine server that serves them in turn.
 Rewards are shuffled and the learning rate is tiny, so that lengths do not change. The sides make their steps
 alternately, each in its own run folder that is continued in every round. The first steps of each round are not counted:
-the buffer of a continued run holds little. `measured` is the updates per hour with sampling during training,
-`reference` those without.
+the buffer of a continued run holds little. What it holds at the first and the last counted step is in the output: if it
+shrank, the rate is too high. `measured` is the updates per hour with sampling during training, `reference` those
+without.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ from tools.step_sides.two_mean_lengths import (  # noqa: E402
 )
 
 TARGET = 1.5
-WARM_STEPS = 3  # of each round
+WARM_STEPS = 5  # of each round
 CORRECTION = "algorithm.correction=token_truncated"
-ASYNCHRONOUS = ("train.max_staleness=4",)
+ASYNCHRONOUS = ("train.max_staleness=2",)
 MEANS = (
     "time/step_seconds",
     "time/rollout_seconds",
@@ -81,7 +82,9 @@ class CountedSteps:
         """Return rates, and the mean of each metric that the side has."""
         means = {name: statistics.mean(line[name] for line in self.lines) for name in MEANS if name in self.lines[0]}
         rates = {"updates_per_hour": self.updates_per_hour, "tokens_per_second": self.tokens_per_second}
-        return {"steps": len(self.lines), **rates, **means}
+        groups = [line["rollout/carried_groups"] for line in self.lines if "rollout/carried_groups" in line]
+        held = {"carried_groups_first": groups[0], "carried_groups_last": groups[-1]} if groups else {}
+        return {"steps": len(self.lines), **rates, **means, **held}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each side (default: 3)")
     parser.add_argument(
-        "--steps", type=int, default=11, help=f"steps per round, {WARM_STEPS} not counted (default: 11)"
+        "--steps", type=int, default=13, help=f"steps per round, {WARM_STEPS} not counted (default: 13)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(argv)

@@ -32,7 +32,9 @@ ASYNCHRONOUS = (
     LIMIT,
     f"sampling.group_size={GROUP}",
     "data.eval=arithmetic:heldout",
-    "evaluation={every: 2, k: 1, max_prompts: 8}",
+    "evaluation.every=2",
+    "evaluation.k=1",
+    "evaluation.max_prompts=8",
     f"train.steps={STEPS}",
 )
 
