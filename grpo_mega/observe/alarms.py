@@ -2,7 +2,7 @@
 
 A rule compares the metrics so far with a limit. An alarm is raised when its condition holds in `patience` steps in
 succession, and ends when it has not held for as many. Limits are relative to the run's own steps where a run may have
-any scale (lengths, times, norms). Health comes first: no rule gives advice on speed for a healthy run.
+any scale (lengths, times, norms). Advice on speed (tuning.py) is only given to a run without alarms.
 Asserted by tests/unit/observe/test_alarms.py.
 """
 

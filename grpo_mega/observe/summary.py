@@ -96,6 +96,7 @@ class Summary:
         error: exception of a failed or interrupted run.
         verdict: whether the policy learned, and if not, why; None for a run that has not ended.
         alarms: alarms of all steps so far, as `dataclasses.asdict` gives them.
+        tuning: advice on speed, at the end of a run without alarms.
         carried: number of `groups` and of their `tokens` that were sampled and not trained on; None without partial
             rollouts. They are in the newest checkpoint.
     """
@@ -112,6 +113,7 @@ class Summary:
     verdict: str | None = None
     alarms: list[dict[str, Any]] = field(default_factory=list)
     carried: dict[str, int] | None = None
+    tuning: list[str] = field(default_factory=list)
 
 
 def add_seconds(previous: Summary | None, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -190,6 +192,7 @@ def render(summary: Summary, run_dir: Path | None = None) -> str:
     for alarm in summary.alarms:
         until = "" if alarm["until"] is None else f" to {alarm['until']}"
         lines.append(f"  alarm              {alarm['name']}, step {alarm['since']}{until or ' on'}: {alarm['text']}")
+    lines += [f"  tuning             {advice}" for advice in summary.tuning]
     before, after = summary.eval_before, summary.eval_after
     if before and after:
         lines.append(f"  held-out accuracy  {_change(before.accuracy, after.accuracy)}  on {after.num_prompts} prompts")
@@ -219,6 +222,8 @@ def _headline(summary: Summary) -> str:
     took = f" in {duration(summary.seconds['total'])}" if "total" in summary.seconds else ""
     if summary.status == "done":
         return f"Done: {steps}{took}."
+    if summary.status == "interrupted" and summary.error is None:  # written during the run
+        return f"Unfinished: {steps}{took}; the run is running, or was killed and the same command continues it."
     if summary.status == "interrupted":
         return f"Interrupted after {steps}{took}; the same command continues."
     return f"Failed after {steps}{took}: {summary.error or 'see the log'}"

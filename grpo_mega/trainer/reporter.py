@@ -29,6 +29,7 @@ from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, 
 from grpo_mega.observe.tensorboard import TensorBoardWriter
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observe.trackers.tracker import open_tracker
+from grpo_mega.observe.tuning import tuning_advice
 from grpo_mega.observe.verdict import verdict
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
@@ -241,10 +242,12 @@ class RunReporter:
         """Write the last evaluation and the final summary, and log the summary."""
         if evaluation is not None:
             self._metrics.write_evaluation(self.summary.steps, "after", _as_metrics(evaluation))
+            self._progress.held_out(self.summary.steps, evaluation.accuracy)
         self._metrics.finish()
         ended = verdict(self._alarms.history, self._alarms.raised, self.summary.eval_before, evaluation)
         policy_digest = policy_digest or self.summary.policy_digest
-        self._write(status="done", eval_after=evaluation, verdict=ended, policy_digest=policy_digest)
+        tuning = tuning_advice(self._alarms.history, self._alarms.raised)
+        self._write(status="done", eval_after=evaluation, verdict=ended, policy_digest=policy_digest, tuning=tuning)
         self._writer.flush()
         log.info("%s", render(self.summary, self._run.folder.path))
 

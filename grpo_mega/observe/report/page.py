@@ -19,6 +19,9 @@ from grpo_mega.observe.safe_text import html_text, printable
 _ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
+_SUMMARY_KEYS = ("seconds", "layout", "versions", "eval_before", "eval_after", "tuning")
+
+
 def report_page(runs: Sequence[tuple[RunData, RolloutSample]]) -> str:
     """Return the page of one run, or of two runs that are compared."""
     data = {"runs": [_run_record(*run) for run in runs], "differences": _differences([run for run, _ in runs])}
@@ -74,7 +77,7 @@ def _run_record(run: RunData, sample: RolloutSample) -> dict[str, Any]:
         "config": [[key, value, run.defaults.get(key, "")] for key, value in changed.items()],
         "num_defaults": len(run.config) - len(changed),
         "changes": run.changes,
-        "summary": {k: run.summary.get(k) for k in ("seconds", "layout", "versions", "eval_before", "eval_after")},
+        "summary": {k: run.summary.get(k) for k in _SUMMARY_KEYS},
         "guards": {k: v for k, v in run.config.items() if k.startswith("guard.")},
     }
 

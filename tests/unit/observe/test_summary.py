@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,11 @@ def test_other_endings_print_what_happened() -> None:
         "  alarm              answers grow, step 3 to 7: longer",
         "  alarm              answers grow, step 3 on: longer",
     ]
-    interrupted = render(Summary(status="interrupted", steps=2, eval_before=Evaluation(0.41, 0.4, 3.0, 300)))
-    assert interrupted.startswith("Interrupted after 2 steps; the same command continues.\n")
-    assert "0.41 before training" in interrupted
+    running = Summary(status="interrupted", steps=2, eval_before=Evaluation(0.41, 0.4, 3.0, 300))
+    assert render(running).startswith("Unfinished: 2 steps; the run is running, or was killed")
+    assert "0.41 before training" in render(running)
+    stopped = render(replace(running, error="Stopped: stopped after step 2"))
+    assert stopped.startswith("Interrupted after 2 steps; the same command continues.\n")
 
 
 def test_versions_contain_installed_packages_and_none_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ const css = name => getComputedStyle(document.documentElement).getPropertyValue(
 const top_ = section("verdict", "Verdict");
 RUNS.forEach((run, i) => {
   top_.append(el("p", { class: "verdict" }, RUNS.length > 1 ? nameOf(i) + ": " : "", run.verdict.join(" ")));
+  (Array.isArray(run.summary.tuning) ? run.summary.tuning : []).forEach(t => top_.append(el("p", {}, el("strong", {}, "Tuning: "), t + ".")));
   run.problems.forEach(p => top_.append(el("p", { class: "problem" }, p)));
   const rows = [["before training", run.summary.eval_before], ["after training", run.summary.eval_after]].filter(r => r[1]);
   if (rows.length) top_.append(table(["held-out", "accuracy", "greedy accuracy", "mean reward", "mean length", "prompts"], rows.map(([n, e]) => [n, number(e.accuracy), number(e.greedy_accuracy), number(e.reward_mean), number(e.length_mean), e.num_prompts]), "numbers"));

@@ -77,6 +77,12 @@ def test_two_runs_are_compared_by_the_differences_of_their_configs(tmp_path: Pat
     assert data_of(page_of(first))["differences"] == []
 
 
+def test_the_advice_on_speed_is_that_of_the_summary(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps({"status": "done", "steps": 6, "tuning": ["set parallel.vpp"]}))
+    assert data_of(page_of(run))["runs"][0]["summary"]["tuning"] == ["set parallel.vpp"]
+
+
 def test_the_config_shows_what_differs_from_the_defaults(tmp_path: Path) -> None:
     (run,) = data_of(page_of(write_run(tmp_path / "run")))["runs"]
     assert ["sampling.group_size", "4", "8"] in run["config"] or any(
