@@ -149,7 +149,7 @@ def quantile(ordered: Sequence[float], fraction: float) -> float:
 def read(folder: Path, change: str, dtype: str, seed: int) -> RunMismatch:
     """Read the mismatch of a finished run from its folder."""
     bound, steps, all_sizes = AUTO[dtype], list[StepMismatch](), list[float]()
-    guard = MismatchGuard(bound, "")
+    guard = MismatchGuard(bound, "", is_exact=dtype == "fp32")
     for step in steps_of(RunFolder(folder).rollouts):
         groups, found = differences_of(*rollouts_of(RunFolder(folder).rollouts_of(step)))
         sizes = found.sizes[found.is_likely].tolist()
@@ -192,16 +192,21 @@ def healthy_table(runs: Sequence[RunMismatch]) -> str:
 
 
 def wrong_table(runs: Sequence[RunMismatch]) -> str:
-    """Return one row for each change of the engine: the largest difference, and the steps that the guard ends."""
-    rows = [["change", *(f"{dtype}, bound {bound:g}: largest, stopped" for dtype, bound in AUTO.items())]]
+    """Return one row for each change of the engine: the largest difference, and the step at which the guard stops."""
+    rows = [["change", *(f"{dtype}, bound {bound:g}: largest; stopped at" for dtype, bound in AUTO.items())]]
     for change, text in CHANGES.items():
         cells = []
         for dtype in AUTO:
-            steps = [step for run in runs if (run.change, run.dtype) == (change, dtype) for step in run.wrong_steps]
-            stopped = sum(step.stopped for step in steps)
-            cells.append(f"{max(step.largest for step in steps):.2g}, {stopped} of {len(steps)}")
+            found = [run for run in runs if (run.change, run.dtype) == (change, dtype)]
+            largest = max(step.largest for run in found for step in run.wrong_steps)
+            cells.append(f"{largest:.2g}; {', '.join(_first_stop(run) for run in found)}")
         rows.append([text, *cells])
     return _markdown(rows)
+
+
+def _first_stop(run: RunMismatch) -> str:
+    stops = [number for number, step in enumerate(run.steps, start=1) if step.stopped]
+    return f"step {stops[0]}" if stops else f"not in {len(run.steps)} steps"
 
 
 def mean_table(runs: Sequence[RunMismatch]) -> str:

@@ -156,8 +156,10 @@ class GuardConfig(Section):
     for `start`."""
     max_mismatch: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
     """Largest difference between the log-probs of policy and engine in a step, in nats, over tokens with a probability
-    above 1e-3 in one of them. The run stops if more than 2 tokens and more than 0.1 % of them exceed it, or one token
-    exceeds four times the bound. Of the tokens that exceed it, those of equal rollouts of one prompt count once.
+    above 1e-3 in one of them. In fp32 one token beyond it stops the run. In bf16 and FP8, and for experts without
+    `algorithm.routing_replay`, the run stops if more than 2 tokens and more than 0.1 % of them exceed it, if one token
+    exceeds four times the bound, or if any token and more than 0.01 % exceed it in 3 of the last 5 steps. Of the tokens
+    that exceed it, those of equal rollouts of one prompt count once.
     `auto`: 0.01 with `precision.dtype=fp32` and 0.5 with `bf16`; 2 with FP8, and for experts without
     `algorithm.routing_replay`. A positive number is a bound of yours. null: no bound."""
     rules: GuardRules = GuardRules()

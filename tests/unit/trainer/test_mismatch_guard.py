@@ -84,7 +84,9 @@ def config(**sections: Any) -> Config:
     ],
 )
 def test_the_bound_depends_on_what_may_differ(sections: dict[str, Any], has_experts: bool, bound: float | None) -> None:
-    assert MismatchGuard.of(config(**sections), has_experts=has_experts).bound == bound
+    guard = MismatchGuard.of(config(**sections), has_experts=has_experts)
+    assert guard.bound == bound
+    assert guard.is_exact == (bound == 1e-2)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "off"])
@@ -126,6 +128,13 @@ def test_a_token_far_beyond_the_bound_stops_with_what_the_user_needs() -> None:
         assert part in str(raised.value)
 
 
+def test_in_fp32_one_token_beyond_the_bound_stops() -> None:
+    guard = MismatchGuard(0.01, "", is_exact=True)
+    check(guard, 1, [rollout([-1.0, -1.0])], [[-1.0078125, -1.0]], "")
+    with pytest.raises(EngineMismatchError, match="1 of 2 tokens exceed"):
+        check(guard, 2, [rollout([-1.0, -1.0])], [[-1.015625, -1.0]], "")
+
+
 def test_without_a_bound_nothing_is_checked() -> None:
     check(MismatchGuard(None, ""), 1, [rollout([-1.0])], [[math.nan]], "")
 
@@ -141,3 +150,34 @@ def test_equal_rollouts_of_a_prompt_count_once() -> None:
     right = [rollout([-1.0] * 400)] * 10  # 4,000 tokens, of which 400 are distinct
     with pytest.raises(EngineMismatchError, match="3 of 403 tokens"):
         check(guard, 1, [*right, *different], [*[[-1.0] * 400] * 10, *[[-1.75]] * 3], "")
+
+
+def steps_until_it_stops(outliers: Sequence[int], tokens: int = 100) -> int | None:
+    """Return the number of the step that stops; `outliers[k]` tokens of step k + 1 exceed the bound."""
+    guard = MismatchGuard(0.5, "")
+    for step, beyond in enumerate(outliers, start=1):
+        old = [-1.75] * beyond + [-1.0] * (tokens - beyond)
+        try:
+            check(guard, step, [rollout([-1.0] * tokens)], [old], "")
+        except EngineMismatchError as error:
+            assert "3 of the last" in str(error)
+            return step
+    return None
+
+
+@pytest.mark.parametrize(
+    ("outliers", "stops_at"),
+    [
+        ([1, 1, 1], 3),
+        ([0, 1, 0, 1, 0, 1], 6),  # steps 2, 4 and 6 are among the last five
+        ([1, 0, 0, 1, 0, 1], None),
+        ([1, 0, 0, 0, 0] * 4, None),
+    ],
+)
+def test_an_outlier_of_rounding_passes_and_one_that_returns_does_not(outliers: list[int], stops_at: int | None) -> None:
+    assert steps_until_it_stops(outliers) == stops_at
+
+
+@pytest.mark.parametrize(("beyond", "stops_at"), [(2, None), (3, 3)])
+def test_in_a_large_step_one_token_in_ten_thousand_may_return(beyond: int, stops_at: int | None) -> None:
+    assert steps_until_it_stops([beyond] * 6, tokens=20_000) == stops_at
