@@ -73,21 +73,37 @@ def recorder() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-_ALONE = ("test_resume.py", "test_slurm.py", "test_machines.py")  # files of e2e/ that share no finished run
-
-
-_LONGEST = ("e2e", "parallel")  # groups that one worker is busy with for most of a run
+_FINISHED_RUNS = frozenset(("quickstart", "four_ranks"))
+"""Fixtures of tests/e2e/conftest.py that several files read."""
+_READERS = tuple(
+    f"test_{name}.py"
+    for name in ("bad_input", "evaluate", "layouts", "quickstart", "report_page_long", "tensorboard_long")
+)
+"""Files of e2e/ that read them, and are one group, so that each run is made once."""
+_TIERS = ("parallel", "e2e", "engine", "unit")
+"""The tiers with the longest groups first, so that no worker starts one at the end of the run."""
 
 
 def _group_of(nodeid: str) -> str:
     file = Path(nodeid.partition("::")[0])
     tier = file.parts[1]
-    return tier if tier == "parallel" or (tier == "e2e" and file.name not in _ALONE) else str(file)
+    return tier if tier == "parallel" or (tier == "e2e" and file.name in _READERS) else str(file)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest groups first, so that no worker starts one at the end of the run."""
-    items.sort(key=lambda item: _group_of(item.nodeid) not in _LONGEST)
+    """Order the tests by tier, and require that the readers of a finished run are in one group."""
+    for item in items:
+        reads = _FINISHED_RUNS & set(getattr(item, "fixturenames", ()))
+        if reads and _group_of(item.nodeid) != "e2e":
+            raise pytest.UsageError(
+                f"{item.nodeid} reads {sorted(reads)}: add its file to _READERS in tests/conftest.py"
+            )
+    items.sort(key=lambda item: _rank_of(_group_of(item.nodeid)))
+
+
+def _rank_of(group: str) -> tuple[int, bool]:
+    tier = group if group in _TIERS else Path(group).parts[1]
+    return _TIERS.index(tier) if tier in _TIERS else len(_TIERS), group != "e2e"
 
 
 class GroupScheduling(LoadScopeScheduling):

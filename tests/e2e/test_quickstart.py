@@ -23,7 +23,7 @@ from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.data.arithmetic import answer, pairs, question
 from grpo_mega.models.digest import combined_digest, slice_digest
-from grpo_mega.observe import conditions
+from grpo_mega.observe import training_faults
 from grpo_mega.observe.history import History
 from grpo_mega.planner.hardware import gpu_named
 from grpo_mega.tiny_base.train import ensure_base
@@ -33,13 +33,13 @@ from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, r
 
 PROMPTS, GROUP, MAX_TOKENS = 16, 16, 8
 GUARD_CONDITIONS: dict[str, Callable[[History, float], object]] = {
-    "gradient_spike": conditions.gradient_spike,
-    "kl": conditions.far_from_reference,
-    "entropy_collapse": conditions.entropy_collapse,
-    "reward_collapse": conditions.reward_collapse,
-    "truncation": conditions.truncated_rollouts,
-    "degenerate": conditions.equal_rewards,
-    "mismatch": conditions.mismatch_growth,
+    "gradient_spike": training_faults.gradient_spike,
+    "kl": training_faults.far_from_reference,
+    "entropy_collapse": training_faults.entropy_collapse,
+    "reward_collapse": training_faults.reward_collapse,
+    "truncation": training_faults.truncated_rollouts,
+    "degenerate": training_faults.equal_rewards,
+    "mismatch": training_faults.mismatch_growth,
 }
 METRICS = [
     *("reward/mean", "reward/std", "reward/accuracy", "rollout/length_mean", "rollout/truncated_fraction"),
