@@ -122,7 +122,9 @@ class MismatchGuard:
         size, prompt, token, old, sampled = parts[np.argmax(parts[:, 2]), 2:].tolist()
         self._last_steps.append(num_beyond > REPEATED_FRACTION * num_compared)
         num_repeated = sum(self._last_steps)
-        is_wrong = self.is_exact or num_beyond > max(MOST_OUTLIERS, OUTLIER_FRACTION * num_compared) or size > FAR * self.bound
+        is_wrong = (
+            self.is_exact or num_beyond > max(MOST_OUTLIERS, OUTLIER_FRACTION * num_compared) or size > FAR * self.bound
+        )
         if not is_wrong and num_repeated <= MOST_REPEATED:
             return
         repeated = f" This is so in {num_repeated} of the last {len(self._last_steps)} steps."
@@ -132,7 +134,8 @@ class MismatchGuard:
             f"({self.reason}), and {num_beyond} of {num_compared} tokens exceed the bound: "
             f"token {token:.0f} of a rollout of prompt {prompt:.0f} has log-prob {old:.4f} in the policy "
             f"and {sampled:.4f} in the engine, which sampled with weights of version {versions}."
-            f"{'' if is_wrong else repeated} The run stops before its checkpoint. Checks of the last weight sync: {passed}. The engine therefore "
+            f"{'' if is_wrong else repeated} The run stops before its checkpoint. "
+            f"Checks of the last weight sync: {passed}. The engine therefore "
             "computes another function, or reads parameters that these checks do not cover: compare the policy with "
             "transformers (tools/compare_logits.py), remove engine.args, and try the other engine.kind. "
             "If the difference is expected, raise guard.max_mismatch"

@@ -71,7 +71,9 @@ def test_a_round_trip_is_bit_equal_with_index_digests_and_other_files(
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize(("name", "tp", "pp"), [("qwen3", 2, 1), ("qwen2-tied", 1, 2)])
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"), [pytest.param("qwen3", 2, 1, marks=pytest.mark.long), ("qwen2-tied", 1, 2)]
+)
 def test_a_stock_megatron_loads_it_at_another_layout_and_its_checkpoint_converts_back(
     converted_models: Path, tmp_path: Path, name: str, tp: int, pp: int
 ) -> None:

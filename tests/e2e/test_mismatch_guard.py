@@ -44,7 +44,7 @@ def test_a_wrong_engine_stops_the_run_although_the_sync_was_verified(
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
-        ("layer_norm", 1),
+        pytest.param("layer_norm", 1, marks=pytest.mark.long),
         ("stale_layer", 2),
         pytest.param("embedding_row", 1, marks=pytest.mark.long),
         pytest.param("heads", 1, marks=pytest.mark.long),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_mega.cli.plan_sync import main
 from tests.helpers.jobs import REPOSITORY
 
 KEYS = {
@@ -56,8 +57,10 @@ def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_an_earlier_p
         (["run.world_size=4", "parallel.tp=3"], "run.world_size=4 is not a multiple of parallel.tp"),
     ],
 )
-def test_wrong_input_ends_with_one_message(arguments: list[str], message: str) -> None:
-    done = run_plan_sync(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_ends_with_one_message(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(REPOSITORY / "configs/quickstart.yaml"), *arguments]) == 2
+    stderr = capfd.readouterr().err
+    assert message in stderr
+    assert "Traceback" not in stderr

@@ -61,7 +61,9 @@ def test_the_tables_by_hand() -> None:
         "| fp32 | 1 | 2 | 2,000 | 1e-05 | 0.1 | 0.25 | 0.6 | 1 | 1 |",
         "| bf16 | 1 | 2 | 2,000 | 1e-05 | 0.1 | 0.25 | 0.6 | 1 | 1 |",
     ]
-    assert wrong_table(runs).splitlines()[2] == "| one row of the embedding is another row | 0.6; step 2 | 0.6; step 2 |"
+    assert (
+        wrong_table(runs).splitlines()[2] == "| one row of the embedding is another row | 0.6; step 2 | 0.6; step 2 |"
+    )
     calm_runs = [run(change, dtype, calm, calm) for change in CHANGES for dtype in ("fp32", "bf16")]
     assert "| 0.4; not in 2 steps | 0.4; not in 2 steps |" in wrong_table(calm_runs)
     assert mean_table(runs).splitlines()[2] == "| healthy | 0.001 to 0.02 (2 steps) | 0.001 to 0.02 (2 steps) |"

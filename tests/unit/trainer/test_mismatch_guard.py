@@ -152,17 +152,16 @@ def test_equal_rollouts_of_a_prompt_count_once() -> None:
         check(guard, 1, [*right, *different], [*[[-1.0] * 400] * 10, *[[-1.75]] * 3], "")
 
 
-def steps_until_it_stops(outliers: Sequence[int], tokens: int = 100) -> int | None:
-    """Return the number of the step that stops; `outliers[k]` tokens of step k + 1 exceed the bound."""
+def stop_of(outliers: Sequence[int], tokens: int = 100) -> tuple[int | None, str]:
+    """Return the step that stops and its message; `outliers[k]` tokens of step k + 1 exceed the bound."""
     guard = MismatchGuard(0.5, "")
     for step, beyond in enumerate(outliers, start=1):
         old = [-1.75] * beyond + [-1.0] * (tokens - beyond)
         try:
             check(guard, step, [rollout([-1.0] * tokens)], [old], "")
         except EngineMismatchError as error:
-            assert "3 of the last" in str(error)
-            return step
-    return None
+            return step, str(error)
+    return None, ""
 
 
 @pytest.mark.parametrize(
@@ -175,9 +174,11 @@ def steps_until_it_stops(outliers: Sequence[int], tokens: int = 100) -> int | No
     ],
 )
 def test_an_outlier_of_rounding_passes_and_one_that_returns_does_not(outliers: list[int], stops_at: int | None) -> None:
-    assert steps_until_it_stops(outliers) == stops_at
+    step, message = stop_of(outliers)
+    assert step == stops_at
+    assert ("3 of the last" in message) == (step is not None)
 
 
 @pytest.mark.parametrize(("beyond", "stops_at"), [(2, None), (3, 3)])
 def test_in_a_large_step_one_token_in_ten_thousand_may_return(beyond: int, stops_at: int | None) -> None:
-    assert steps_until_it_stops([beyond] * 6, tokens=20_000) == stops_at
+    assert stop_of([beyond] * 6, tokens=20_000)[0] == stops_at
