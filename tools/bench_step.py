@@ -5,6 +5,8 @@
 `measured` is this project, `reference` is TRL. `ratio` is seconds per rollout, TRL / ours; `ratio_per_token` is the
 same per completion token, because each side samples its own lengths. Two more comparisons: training only, on given
 completions; and whole steps with completions of equal length, without cost of padding or of the longest completion.
+`fraction_of_gemm` is the time of the same matrix products alone over that of our training
+(step_sides/matrix_products.py).
 
 Each side is one process with the same number of threads. The sides make their steps alternately. TRL runs in its own
 environment, which this script builds once (runs/bench/trl-venv).
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDES = ROOT / "tools" / "step_sides"
 TRL_PINS = ("trl==1.16.0", "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0")
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # index of PyTorch; PyPI may have CUDA builds only
-TARGET = 2.0
+TARGETS = {"ratio": 8.0, "ratio_train_only": 4.5, "ratio_equal_length": 1.4, "fraction_of_gemm": 0.6}
 MEAN_LENGTH, EQUAL_LENGTH = 48.0, 64  # tokens
 PROMPT_TOKENS = range(24, 41)
 
@@ -91,6 +93,11 @@ class Comparison:
 
 def _median_per(steps: Sequence[SideTime], unit: str) -> float:
     return float(statistics.median(step.seconds / getattr(step, unit) for step in steps))
+
+
+def gemm_fraction(steps: Sequence[SideTime]) -> float:
+    """Return the CPU seconds of the matrix products alone over those of the training, median of the steps."""
+    return float(statistics.median(step.phases["matrix_products_cpu"] / step.cpu_seconds for step in steps))
 
 
 def length_spread(lengths: Sequence[int]) -> dict[str, float]:
@@ -247,6 +254,7 @@ def measure(arguments: argparse.Namespace, trl_python: Path, work: Path) -> dict
         "ratio_per_token": whole.ratio_per_token,
         "ratio_train_only": train_only.ratio,
         "ratio_equal_length": equal_length.ratio,
+        "fraction_of_gemm": gemm_fraction(train_only.ours),
         "whole": whole.as_json(),
         "train_only": train_only.as_json(),
         "equal_length": equal_length.as_json(),
@@ -272,7 +280,7 @@ def conditions(
         "threads": arguments.threads,
         "max_tokens_per_microbatch": arguments.max_tokens_per_microbatch,
         "trl_microbatch": arguments.trl_microbatch,
-        "target": TARGET,
+        "targets": TARGETS,
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "load_average_before_after": [load_before, os.getloadavg()[0]],
@@ -292,11 +300,12 @@ def table(result: dict[str, Any]) -> str:
         for side in ("ours", "trl"):
             phases = ", ".join(f"{name} {value:.2f}" for name, value in found[side]["phases"].items())
             lines.append(f"    {side}: {phases}")
-    return "\n".join(lines)
+    reached = ", ".join(f"{name} {result[name]:.2f} of {target}" for name, target in TARGETS.items())
+    return "\n".join([*lines, reached])
 
 
 def main() -> int:
-    """Print a table and one JSON line; return 1 if the ratio of the whole step is below the target."""
+    """Print a table and one JSON line; return 1 if a target is not reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="steps of each side (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a step (default: %(default)s)")
@@ -313,7 +322,7 @@ def main() -> int:
     if not arguments.json:
         print(table(result))
     print(json.dumps(result))
-    return 0 if result["ratio"] >= TARGET else 1
+    return 0 if all(result[name] >= target for name, target in TARGETS.items()) else 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matrix_products import cpu_seconds, forward_products
 from no_saves import NoSaves
 from protocol import Channel, Stopwatch
 
@@ -63,10 +64,12 @@ class OurSide:
     """A built job and its present state."""
 
     def __init__(self, built: BuiltJob, prompts: Sequence[Prompt]) -> None:
+        from grpo_mega.formats.stored_head import checkpoint_spec
         from grpo_mega.trainer.loop import push_weights
 
         self.job: TrainerState = built.job
         self.prompts = prompts
+        self.spec = checkpoint_spec(built.model_folder)
         self.state: LoopState = built.state
         self.writer = built.writer
         self.folder = built.run_state.folder.path
@@ -90,7 +93,10 @@ class OurSide:
         return {**taken, "phases": phases, "completions": self._completions(steps)}
 
     def train_only(self, completions: list[list[int]]) -> dict[str, Any]:
-        """Compute advantages, pack and update on given completions; the weight sync after it is not timed."""
+        """Compute advantages, pack and update on given completions; the weight sync after it is not timed.
+
+        `matrix_products_cpu` are the CPU seconds of the matrix products of the same rows, made alone after the update.
+        """
         from grpo_mega.checkpoint.manager import LoopState
         from grpo_mega.trainer.learning import make_batch, update, with_log_probs
         from grpo_mega.trainer.loop import push_weights
@@ -105,7 +111,10 @@ class OurSide:
         taken = clock.read()
         self.state = LoopState(self.state.step, self.state.policy_version + len(updates))
         push_weights(self.job, self.state)
-        return {**taken, "phases": {"train": taken["seconds"]}, "completions": completions}
+        segments = [microbatch.cu_seqlens.diff().tolist() for microbatch in batch.microbatches]
+        products = cpu_seconds(forward_products(self.spec, segments))
+        phases = {"train": taken["seconds"], "matrix_products_cpu": products}
+        return {**taken, "phases": phases, "completions": completions}
 
     def _completions(self, step: int) -> list[list[int]]:
         """Return the completions of the step from its files, in the order of the dataset's prompts."""
