@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sqlite3
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,19 @@ def log_records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def read_wandb(folder: Path) -> list[dict[str, float]]:
-    """Return the rows of all offline files of a run, in order."""
+def read_wandb(folder: Path, num_rows: int) -> list[dict[str, float]]:
+    """Return the rows of all offline files of a run, in order, once there are `num_rows` or after 30 s.
+
+    A process of the library writes them, and may do so after `finish` has returned.
+    """
+    end = time.monotonic() + 30.0
+    while len(rows := read_offline_files(folder)) < num_rows and time.monotonic() < end:
+        time.sleep(0.1)
+    return rows
+
+
+def read_offline_files(folder: Path) -> list[dict[str, float]]:
+    """Return the rows that the offline files of a run hold now, in order."""
     from wandb.proto import wandb_internal_pb2
 
     rows: list[dict[str, float]] = []
@@ -85,7 +97,7 @@ def read_mlflow(folder: Path) -> tuple[list[tuple[str, int, float]], list[str], 
 def test_wandb_has_every_point_of_both_commands_offline(tmp_path: Path) -> None:
     needs("wandb")
     write_two_commands("wandb", tmp_path)
-    assert read_wandb(tmp_path) == [{"step": step, **metrics} for step, metrics in POINTS.items()]
+    assert read_wandb(tmp_path, len(POINTS)) == [{"step": step, **metrics} for step, metrics in POINTS.items()]
 
 
 def test_mlflow_has_one_run_with_every_point_of_both_commands(tmp_path: Path) -> None:
@@ -106,8 +118,9 @@ def test_a_run_has_the_same_numbers_in_all_trackers(tmp_path: Path) -> None:
     run = tmp_path / "run"
     keys = ("observe.trackers=[tensorboard,wandb,mlflow]", "train.steps=2", f"run.dir={run}")
     run_job_successfully(*SMALL, *keys, output=tmp_path / "log")
-    rows, points = read_wandb(run), read_mlflow(run)[0]
-    for line in read_lines(run / "metrics.jsonl"):
+    lines = read_lines(run / "metrics.jsonl")
+    rows, points = read_wandb(run, len(lines)), read_mlflow(run)[0]
+    for line in lines:
         step = int(line["step"])
         expected: dict[str, Any] = {name: value for name, value in line.items() if "/" in name and value is not None}
         require_known(expected)
