@@ -63,7 +63,8 @@ class JobSide(Side):
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"name": name, **more}) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        answer: dict[str, Any] = self._answer()
+        return answer
 
 
 def fitted_cost(calls: Sequence[dict[str, float]], max_running: int) -> tuple[EngineCost, float]:

@@ -110,7 +110,8 @@ class SimulatedSide(OurSide):
 
     def _prompt(self, rng: random.Random, vocabulary: list[int], context: int) -> Prompt:
         known = self.prompts[rng.randrange(len(self.prompts))]
-        return replace(known, token_ids=(*known.token_ids, *rng.choices(vocabulary, k=context)))
+        prompt: Prompt = replace(known, token_ids=(*known.token_ids, *rng.choices(vocabulary, k=context)))
+        return prompt
 
 
 def main() -> None:
