@@ -238,8 +238,7 @@ class Engine(Protocol):
         Args:
             prompts: tokenized prompts; empty where the other data-parallel ranks of the replica have prompts.
             sampling: group size G, temperature, limits in tokens, and the seed.
-            on_completion: called as `on_completion(prompt_position, member, completion)` as soon as a rollout is
-                complete, while others are still being sampled.
+            on_completion: called as `on_completion(prompt_position, member, completion)` when a rollout is complete.
 
         Returns:
             One list of G completions per prompt, with log-probs in nats.
@@ -248,10 +247,12 @@ class Engine(Protocol):
             RuntimeError: the engine is asleep, is being updated, or has no weights yet.
             ValueError: a prompt and its completion exceed the engine's maximum length.
         """
-        ...
 
     def take_gauges(self) -> EngineGauges:
         """Return the gauges since the last call. Only those of the first rank of an engine count."""
+
+    def fault(self) -> str:
+        """Return why the processes of the engine cannot be used any more, or an empty string. Does not wait."""
 
     def sleep(self) -> None:
         """Release KV cache and weights, and reject sampling until a sync; with servers, release nothing."""

@@ -37,6 +37,13 @@ class UserError(ValueError):
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
 
 
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint cannot be written, for example to a full disk. The text says what to do.
+
+    A program ends with exit code 1 and prints this text; the traceback is in the log of the rank.
+    """
+
+
 class WeightMismatchError(RuntimeError):
     """The weights of an engine differ from the policy's. Names tensor, rank and slice.
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from grpo_mega.checkpoint.written_state import WrittenFiles, read_back
 from grpo_mega.formats.file_parts import CopiedFiles, CopyMemory
+from grpo_mega.parallel.ranks import first_error
 from grpo_mega.types import StateRecords
 
 _POLL_SECONDS = 0.05
@@ -66,7 +67,7 @@ class BackgroundSaves:
             running, failed = _any_rank(not writer.ended, bool(error))
             if failed:
                 self.stop()
-                raise RuntimeError(_first_error(error))
+                raise RuntimeError(first_error(error))
             if not running:
                 self._writer = None
                 assert writer.written is not None, "the writer ended without a result"
@@ -135,12 +136,3 @@ def _any_rank(*flags: bool) -> list[bool]:
     if dist.get_world_size() > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]
-
-
-def _first_error(mine: str) -> str:
-    """Return the error of the first rank that has one, with the rank. Collective."""
-    found: list[str | None] = [mine]
-    if dist.get_world_size() > 1:
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-    return next(f"rank {rank}: {error}" for rank, error in enumerate(found) if error)

@@ -22,12 +22,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from grpo_mega.checkpoint.background import BackgroundSaves
 from grpo_mega.checkpoint.carried_parts import CARRIED, CarriedParts, SavedPart
-from grpo_mega.checkpoint.written_state import WrittenFiles, compare_with_live, read_back
+from grpo_mega.checkpoint.written_state import WrittenFiles, compare_with_live, read_back, share_small_files
 from grpo_mega.formats.checkpoint_manifest import (
     COMPLETE,
     DamagedCheckpointError,
@@ -38,7 +37,8 @@ from grpo_mega.formats.checkpoint_manifest import (
     write_manifest,
 )
 from grpo_mega.interfaces import Critic, LearnerMemory, Policy
-from grpo_mega.types import TensorRecord, UserError
+from grpo_mega.parallel.ranks import first_error
+from grpo_mega.types import CheckpointWriteError, TensorRecord, UserError
 
 _CRITIC, _STAGED = "critic", ".tmp"
 _READERS = 4
@@ -116,6 +116,7 @@ class CheckpointManager:
         layout: str = "",
         background: BackgroundSaves | None = None,
         carried: CarriedParts | None = None,
+        each_machine: bool = False,
     ) -> None:
         """Create the manager of this rank.
 
@@ -123,17 +124,23 @@ class CheckpointManager:
             folder: `checkpoints/` of the run.
             keep: number of checkpoints to keep.
             on_device: phase of the device in which policy or critic can be saved and loaded.
-            is_first: True on rank 0.
+            is_first: True on the rank that creates, renames and deletes the folders: rank 0; if every machine has a
+                folder of its own, the first rank of each machine.
             critic: critic of this rank, if any.
             model: description of the model, for the manifest.
             layout: parallel layout of the ranks, for the manifest.
             background: writes the files while training continues; None: a save ends when they are written.
             carried: files of carried rollouts; None without partial rollouts.
+            each_machine: every machine has a folder of its own, which holds the files of its ranks. Such checkpoints
+                are not loaded from there (local_copies.py).
         """
+        self._each_machine = each_machine
         self._folder, self._keep, self._is_first, self._critic = folder, keep, is_first, critic
         self._on_device, self._model, self._layout, self._background = on_device, model, layout, background
         self._carried = carried
         self._save: _Save | None = None
+        self.published_step = 0
+        """Step of the last checkpoint that became visible; 0 before the first one, and after `delete_all`."""
         self.wait_seconds = 0.0
         """Time for which the last call of `stage_if_due` waited for the save before."""
         self._has_waited = False
@@ -173,6 +180,8 @@ class CheckpointManager:
                 self._run_on_first((staged / _CRITIC).mkdir)
                 with self._on_device(self._critic):
                     live[_CRITIC] = self._critic.save(staged / _CRITIC, {}, files)["."]
+            if self._each_machine:
+                share_small_files(staged, leads=self._is_first)
         save = _Save(staged, state.step, live, in_background=files is not None)
         if self._background is None or files is None:
             self._describe(save, read_back(staged, live, threads=_READERS))
@@ -206,6 +215,12 @@ class CheckpointManager:
             self._describe(save, written)
         self._save = None
         self._run_on_first(lambda: self._rename(save.folder))
+        self.published_step = save.step
+
+    def delete_all(self) -> None:
+        """Delete all checkpoints in the folder, and the folder. Collective."""
+        self.published_step = 0
+        self._run_on_first(lambda: shutil.rmtree(self._folder, ignore_errors=True))
 
     def path_of(self, step: int) -> Path:
         """Return the folder of the visible checkpoint after `step` steps."""
@@ -304,23 +319,21 @@ class CheckpointManager:
                 sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in earlier]
                 needed = f", and an earlier checkpoint has {max(sizes)} bytes" if sizes else ""
                 shutil.rmtree(staged, ignore_errors=True)
-            raise RuntimeError(
+            raise CheckpointWriteError(
                 f"checkpoint {staged} cannot be written: its file system has {free} bytes free{needed} ({reason}); "
                 "earlier checkpoints are unchanged: after freeing space, the same command continues from the newest"
             ) from error
 
     def _run_on_first(self, action: Callable[[], object]) -> None:
-        """Run `action` on rank 0. If it fails, raise RuntimeError on every rank, so that no rank waits for it."""
-        message: list[str | None] = [None]
+        """Run `action` where `is_first` holds. If it fails, raise RuntimeError on every rank: no rank waits for it."""
+        failure = ""
         if self._is_first:
             try:
                 action()
             except OSError as error:
-                message[0] = f"{error}"
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(message, src=0)
-        if message[0] is not None:
-            raise RuntimeError(f"checkpoint in {self._folder}: {message[0]}")
+                failure = str(error)
+        if failure := first_error(failure):
+            raise CheckpointWriteError(f"checkpoint in {self._folder}: {failure}")
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from grpo_mega.checkpoint.carried_parts import rank_of_part
 from grpo_mega.formats.checkpoint_manifest import FileRecord, listed_files, record_of
+from grpo_mega.formats.file_parts import write_file
 from grpo_mega.formats.torch_dist_reader import StoredChunk, TorchDistFiles
 from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
 from grpo_mega.types import StateRecords, TensorRecord, TensorSlice, UserError
@@ -104,6 +105,29 @@ def compare_with_live(folder: Path, live: StateRecords, mine: WrittenFiles) -> d
             + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         )
     return {name: record for each in found for name, record in each.records.items()}
+
+
+def share_small_files(folder: Path, *, leads: bool) -> None:
+    """Write the files of rank 0 that are not a shard, such as `.metadata`, into the folders of the other machines.
+
+    Collective. `leads`: True on the first rank of each machine.
+
+    Raises:
+        OSError: they cannot be read or written, on the rank where this happens.
+    """
+    small: list[dict[str, bytes]] = [{}]
+    if dist.get_rank() == 0:
+        names = [name for name in listed_files(folder) if _is_small(name)]
+        small = [{name: (folder / name).read_bytes() for name in names}]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(small, src=0)
+    for name, content in small[0].items():
+        if leads and not (folder / name).exists():
+            write_file(folder / name, [content])
+
+
+def _is_small(name: str) -> bool:
+    return _SHARD_NAME.fullmatch(Path(name).name) is None and rank_of_part(Path(name).name) is None
 
 
 def _owner(name: str) -> int:

@@ -29,7 +29,8 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards, full_marks
-from grpo_mega.trainer.build import make_checkpoints, rollout_cost
+from grpo_mega.trainer.build import rollout_cost
+from grpo_mega.trainer.build_saves import make_checkpoints
 from grpo_mega.trainer.learning import LearnedStep, learn, mean_advantages
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases

@@ -44,6 +44,7 @@ def check(config: Config) -> None:
         _shuffled_rewards,
         _environment,
         _tiny_base_tools,
+        _local_checkpoints,
     ):
         rule(config)
     check_data(config.data)
@@ -54,6 +55,24 @@ def check(config: Config) -> None:
     check_guard(config)
     check_asynchrony(config)
     check_partial(config)
+
+
+def _local_checkpoints(config: Config) -> None:
+    every, folder = config.checkpoint.local_every, config.checkpoint.local_dir
+    if every is not None and folder is None:
+        raise UserError(
+            f"checkpoint.local_every={every} needs a folder on every machine",
+            remedy="set checkpoint.local_dir to a folder of a local disk, or in /dev/shm",
+        )
+    if every is None and folder is not None:
+        raise UserError(
+            f"checkpoint.local_dir={folder} does nothing without checkpoint.local_every",
+            remedy="set checkpoint.local_every, or remove it",
+        )
+    if folder is not None and not folder.startswith("/"):
+        raise UserError(
+            f"checkpoint.local_dir={folder} is not an absolute path", remedy="name a folder that all machines have"
+        )
 
 
 def _one_model(config: Config) -> None:

@@ -103,6 +103,12 @@ class CheckpointConfig(Section):
     asynchronous: bool = False
     """Write a checkpoint while training continues: the loop stops only for digests and a copy of the state to host
     memory, which must have room for it. False: the loop waits until it is written; one tensor at a time is copied."""
+    local_every: int | None = Field(None, ge=1)
+    """Steps between local checkpoints in `local_dir`, which survive killed processes but not a lost machine. A run
+    continues from the newest one if all machines have it whole. null: none."""
+    local_dir: str | None = None
+    """Folder of the local checkpoints on every machine: a local disk (NVMe), or memory (`/dev/shm/NAME`). It needs room
+    for two checkpoints of its machine's ranks."""
     resume: str = "auto"
     """`auto`: continue from the newest complete checkpoint of the run folder. `never`: start from the base model. Or
     the path of a checkpoint."""

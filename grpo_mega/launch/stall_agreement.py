@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.launch.flight_records import last_collectives, request_dumps
 from grpo_mega.launch.rendezvous import NodeInfo, Rendezvous
 from grpo_mega.launch.stall_report import collect_stacks, make_report
 from grpo_mega.launch.stall_watch import LEAST_SECONDS, RankStatus, StallWatch, has_stalled
@@ -110,9 +111,15 @@ class StallAgreement:
         return make_report(sorted(ranks, key=lambda each: each.rank), stacks, [str(each) for each in silent])
 
     def _own_stacks(self) -> dict[int, str]:
-        """Return rank -> stacks of its process, after those of its engine."""
+        """Return rank -> stacks of its process, after those of its engine, and its last collective if NCCL has one."""
         mine = self._mine or self._watch.statuses()
+        numbers, begin = [each.rank for each in mine], time.monotonic()
+        asked = request_dumps(self._folder, numbers)
         found = collect_stacks(self._folder, [pid for each in mine for pid in (each.pid, *each.engines)])
+        collectives = last_collectives(self._folder, numbers, asked, begin)
+        for each in mine:
+            if each.rank in collectives:
+                found[each.pid] += f"\n{collectives[each.rank]}"
         limit = _MAX_STACK_CHARACTERS // max(1, len(mine))
         return {
             each.rank: "\n\n".join(

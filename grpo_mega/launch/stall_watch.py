@@ -1,8 +1,9 @@
 """Finds ranks of this machine that make no progress, from their heartbeats and the states of their processes.
 
 A rank makes progress when it enters a phase or a collective or its engine makes a step; in the phases that read or
-write files also when it reads or writes. A job has stalled if a process of it is stopped (SIGSTOP, a debugger) for
-longer than the limit of its phase, or if no rank has made progress for longer than the limits of all.
+write files also while it reads and writes at least 64 KiB/s: the metrics of the hardware read a little all the time. A
+job has stalled if a process of it is stopped (SIGSTOP, a debugger) for longer than the limit of its phase, or if no
+rank has made progress for longer than the limits of all.
 
 The limit of a phase is `guard.phase_limits`, else the larger of 60 s and 6 times the median of its time per step. Until
 a phase has been measured, it is `guard.timeout_seconds`, and 60 s for a stopped process; the start, which may read
@@ -30,6 +31,8 @@ _KEPT_STEPS = 50  # of which the median is taken
 _CHECK_SECONDS = 0.5
 _ENGINE_CHECK_SECONDS = 2.0
 _FILE_PHASES = ("start", "checkpoint", "rollout", "evaluation", OUTSIDE)
+_FILE_BYTES_PER_SECOND = 64 * 1024
+_FILE_RATE_SECONDS = 10.0  # over which the rate is computed
 _STOPPED_STATES = "Tt"
 _ENGINE_MODULES = "grpo_mega.engines."
 
@@ -92,15 +95,15 @@ class _RankClock:
     def __init__(self, now: float) -> None:
         self.moved = now
         self._progress: tuple[int, ...] = ()
+        self._files = (0, -math.inf)  # bytes, and time, from which the rate of reading and writing is computed
         self._entered = (0, "start", now)  # step, phase, time of the change
         self._seconds: dict[str, float] = {}  # phase -> seconds of this step
         self._steps: dict[str, deque[float]] = {}  # phase -> seconds of the last steps
 
     def update(self, beat: Beat, file_bytes: int, now: float) -> None:
         """Take the newest heartbeat."""
-        progress = (*beat.progress, file_bytes)
-        if progress != self._progress:
-            self._progress, self.moved = progress, now
+        if beat.progress != self._progress or self._is_using_files(file_bytes, now):
+            self._progress, self.moved = beat.progress, now
         step, phase, since = self._entered
         if (step, phase) != (beat.step, beat.phase):
             self._seconds[phase] = self._seconds.get(phase, 0.0) + now - since
@@ -109,6 +112,14 @@ class _RankClock:
             for name, seconds in self._seconds.items():
                 self._steps.setdefault(name, deque(maxlen=_KEPT_STEPS)).append(seconds)
             self._seconds = {}
+
+    def _is_using_files(self, file_bytes: int, now: float) -> bool:
+        """Return True if the rank has read and written at the least rate since the last mark."""
+        before, since = self._files
+        is_used = file_bytes - before >= _FILE_BYTES_PER_SECOND * max(now - since, 1.0)
+        if is_used or now - since >= _FILE_RATE_SECONDS:
+            self._files = (file_bytes, now)
+        return is_used
 
     def median(self, phase: str) -> float | None:
         """Return the median of the seconds of a phase per step, or None if no step with it is complete."""

@@ -9,6 +9,7 @@ lines of that rank are the last ones on the screen; no rank outlives this proces
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import socket
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from grpo_mega.launch.flight_records import flight_environment
 from grpo_mega.launch.rank_processes import RankExit, RankProcesses
 from grpo_mega.launch.rendezvous import Rendezvous
 from grpo_mega.launch.run_temporaries import run_environment, run_temporaries
@@ -121,7 +123,7 @@ def run_ranks(
     try:
         with run_temporaries() as folder:
             make_heartbeats(folder, len(environments))
-            shared = {**run_environment(folder), FOLDER_VARIABLE: str(folder)}
+            shared = {**run_environment(folder), **flight_environment(folder, os.environ), FOLDER_VARIABLE: str(folder)}
             ranks = RankProcesses(command, [{**env, **shared} for env in environments])
             if received:  # while the ranks were started
                 ranks.request(_request_of(received[0]))

@@ -253,6 +253,9 @@ METRICS: dict[str, Metric] = {
     "time/evaluation_seconds": Metric(
         TIME, "evaluation and checkpoint", "seconds", "evaluation on held-out prompts", _EVALUATION
     ),
+    "time/start_seconds": Metric(
+        TIME, "engine rebuilds", "seconds", "engines that were built again after a failure", "in such a step"
+    ),
     "time/step_seconds": Metric(TIME, "step", "seconds", "the whole step"),
     "throughput/tokens_per_second": Metric(
         THROUGHPUT, "tokens per second", "tokens / s", "prompt and completion tokens per second of the step"

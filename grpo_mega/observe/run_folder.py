@@ -71,6 +71,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def local_id(self) -> Path:
+        """Number of the run by which its local checkpoints are found (`checkpoint.local_every`)."""
+        return self.path / "local_id"
+
+    @property
     def discarded(self) -> Path:
         """Folder of metrics and rollouts of steps that were made again, in one folder per start."""
         return self.path / "discarded"

@@ -179,3 +179,17 @@ def agreed(action: Callable[[], T], ranks: Ranks) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return cast("T", outcome[0])
+
+
+def first_error(mine: str) -> str:
+    """Return the text of the first rank that has one, with the rank; an empty string if none has. Collective."""
+    any_has_one = torch.tensor([int(bool(mine))])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(any_has_one, op=dist.ReduceOp.MAX)
+    if not any_has_one.item():
+        return ""
+    found: list[str | None] = [mine]
+    if dist.get_world_size() > 1:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    return next(f"rank {rank}: {error}" for rank, error in enumerate(found) if error)

@@ -24,6 +24,7 @@ from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy
 from grpo_mega.policy.fp8 import forget_copies
+from grpo_mega.policy.fp8_histories import Fp8Histories
 from grpo_mega.policy.fp8_scales import reported_scales
 from grpo_mega.policy.host_threads import host_threads, intra_op_threads
 from grpo_mega.policy.inspect.full_gradients import gather_gradients, gradient_of
@@ -66,6 +67,7 @@ class MegatronLearner:
         self.dp_group = parallel_state.get_data_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
         self._fp8 = config.precision.fp8
+        self._fp8_histories: Fp8Histories | None = None
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
         self._copy_threads = host_threads(ranks)
         self._host_threads = self._copy_threads if optimizer.host_fraction > 0 else None
@@ -203,6 +205,8 @@ class MegatronLearner:
         for ddp in self.parts.ddps:
             ddp.zero_grad_buffer()
         self.parts.optimizer.zero_grad()
+        if self._fp8 is not None and self._fp8.recipe == "delayed":
+            self._fp8_histories = Fp8Histories(self.parts.models)
         outputs = self._run_schedule(microbatches, last_stage, forward_only=False)
         sums, maxima, fault = report.reduce(self.dp_group, parallel_state.get_pipeline_model_parallel_group())
         if self._fp8 is not None:
@@ -219,6 +223,8 @@ class MegatronLearner:
     def _step_if_allowed(self, stats: UpdateStats, learning_rate: float, allows: AllowsUpdate) -> UpdateStats:
         """Run the optimizer step after `_gradient`, unless `allows` returns False for its statistics."""
         if not allows(stats):
+            if self._fp8_histories is not None:
+                self._fp8_histories.restore()
             return replace(stats, is_made=False)
         assert stats.fault is None, f"an update with {stats.fault} must not be made"
         self._require("update", "training or valuing", "params", "grads", "optimizer")

@@ -10,19 +10,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from grpo_mega.checkpoint.background import BackgroundSaves
 from grpo_mega.checkpoint.export_hf import export_hf
-from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
-from grpo_mega.checkpoint.schedule import CheckpointSchedule
+from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.row_plan import RolloutCost
 from grpo_mega.engines.factory import make_engine as make_configured_engine
-from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
-from grpo_mega.interfaces import Critic, Engine, WeightSource
+from grpo_mega.interfaces import Engine, WeightSource
 from grpo_mega.models.flops import attention_flops, weights_per_token
-from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.observe.atomic_files import to_json, write_atomically
 from grpo_mega.observe.background_writer import BackgroundWriter
@@ -33,7 +29,7 @@ from grpo_mega.observe.run_folder import RunFolder, RunState
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.heartbeat import heartbeat_of_this_rank
-from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.ranks import Ranks, first_error
 from grpo_mega.parallel.stop_signal import StopRequests
 from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
@@ -44,7 +40,8 @@ from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.batch import explain_batch
 from grpo_mega.trainer.build_async import background_of
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
-from grpo_mega.trainer.build_rollout import carried_parts, make_source, start_workers
+from grpo_mega.trainer.build_rollout import make_source, start_workers
+from grpo_mega.trainer.build_saves import make_managers, make_saves
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
 from grpo_mega.trainer.loop import TrainerState, evaluate, push_weights, train
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
@@ -54,7 +51,6 @@ from grpo_mega.trainer.rollback import Rollbacker, with_changed_kl
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.trainer.run_guard import RunGuard
 from grpo_mega.trainer.run_trace import RunTrace
-from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, table_lines
 from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync
@@ -134,7 +130,7 @@ def building(
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.needs_reference)
             phases = Phases(policy, engine_elsewhere=config.engine.placement == "server")
             critic = _make_critic(config, spec, model_folder, phases, ranks)
-            checkpoints = make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks, prompts)
+            checkpoints, local = make_managers(config, spec, run.folder, phases, critic, ranks, prompts)
             stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = with_changed_kl(state.over(prompts.digest, same_run=run.status == "continued"), run.changes)
@@ -157,8 +153,8 @@ def building(
             objective=Objective(config.algorithm, config.sampling.max_tokens),
             phases=phases,
             sync=sync,
-            engines=EngineRebuilds(engine, sync, phases, config.guard.max_engine_rebuilds),
-            saves=make_saves(config, ranks, checkpoints, stops, timers, progress, writer),
+            engines=EngineRebuilds(engine, sync, phases, config.guard.max_engine_rebuilds, timers, first_error),
+            saves=make_saves(config, ranks, checkpoints, stops, timers, progress, writer, local),
             evaluator=evaluator if held_out is not None else None,
             timers=timers,
             observer=observer,
@@ -185,69 +181,6 @@ def _make_critic(
     if not config.algorithm.needs_critic:
         return None
     return phases.build_critic(lambda: MegatronCritic(config, spec, model_folder, ranks))
-
-
-def make_saves(
-    config: Config,
-    ranks: Ranks,
-    checkpoints: CheckpointManager,
-    stops: StopRequests,
-    timers: PhaseTimer,
-    progress: Progress | None,
-    writer: BackgroundWriter,
-) -> SavePoints:
-    """Return the points at which the run saves or stops, and tell the user when it saves.
-
-    Args:
-        config: gives the schedule of the checkpoints.
-        ranks: coordinates of this rank.
-        checkpoints: writes them.
-        stops: stop requests of this process.
-        timers: measures the time of the phase `checkpoint`.
-        progress: display, on rank 0.
-        writer: writes rollouts and metrics of this rank, which are on disk before a checkpoint is visible.
-    """
-    schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
-    if progress is not None:
-        progress.note(str(schedule))
-    return SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps, writer)
-
-
-def make_checkpoints(
-    config: Config,
-    spec: ModelSpec,
-    folder: Path,
-    phases: Phases,
-    critic: Critic | None,
-    ranks: Ranks,
-    prompts: PromptDataset | None = None,
-) -> CheckpointManager:
-    """Return the manager of the checkpoints in `folder`.
-
-    The layout in their manifests is the number of ranks and the keys of `parallel` that differ from their defaults.
-
-    Args:
-        config: sections checkpoint and parallel.
-        spec: the model.
-        folder: `checkpoints/` of the run.
-        phases: moves policy and critic to the device while they are saved.
-        critic: critic of this rank, if any.
-        ranks: coordinates of this rank.
-        prompts: training prompts, of which rollouts may be carried from step to step; None: there are none.
-    """
-    keys = config.parallel.model_dump(exclude_defaults=True)
-    layout = " ".join([f"world_size={ranks.topology.world_size}", *(f"{key}={value}" for key, value in keys.items())])
-    return CheckpointManager(
-        folder,
-        config.checkpoint.keep,
-        phases.checkpointing,
-        is_first=ranks.is_first,
-        critic=critic,
-        model=describe_model(hf_shapes(spec)),
-        layout=layout,
-        background=BackgroundSaves(config.guard.timeout_seconds) if config.checkpoint.asynchronous else None,
-        carried=None if prompts is None else carried_parts(config, prompts, ranks),
-    )
 
 
 def _note(progress: Progress | None, text: str) -> None:

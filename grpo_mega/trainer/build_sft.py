@@ -34,16 +34,15 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import StopRequests
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.trainer.build import (
-    make_checkpoints,
     make_engine,
     make_evaluator,
-    make_saves,
     make_sync,
     make_timers,
     report_fp8,
 )
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
 from grpo_mega.trainer.build_rollout import make_dialogue, make_sampler, start_workers
+from grpo_mega.trainer.build_saves import make_managers, make_saves
 from grpo_mega.trainer.example_batch import explain_examples
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.rollback import Rollbacker
@@ -137,7 +136,7 @@ def building_sft(
             # nothing shares the devices with the policy without an engine, so it stays there between the steps
             elsewhere = held_out is None or config.engine.placement == "server"
             phases = Phases(policy, engine_elsewhere=elsewhere)
-            checkpoints = make_checkpoints(config, spec, run.folder.checkpoints, phases, None, ranks)
+            checkpoints, local = make_managers(config, spec, run.folder, phases, None, ranks)
             stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(examples.digest, same_run=run.status == "continued")
@@ -150,7 +149,7 @@ def building_sft(
         observer = make_observer(shown, ranks, stack, own_work(policy, ranks))
         if progress is not None:
             progress.note(explain_examples(config, ranks.topology, examples))
-        saves = make_saves(config, ranks, checkpoints, stops, timers, progress, writer)
+        saves = make_saves(config, ranks, checkpoints, stops, timers, progress, writer, local)
         guard = RunGuard(config.guard, ranks)
         job = SftState(config, ranks, examples, policy, phases, saves, timers, observer, guard, engine_side, trace)
         yield BuiltSft(job, run, model_folder, state, policy, Rollbacker.of(job, run, checkpoints, spec))

@@ -2,7 +2,9 @@
 
 A failure on any rank is raised on all (`rollout.sampler.SamplingFailedError`). Then every rank closes its engine,
 builds it again, connects it with the policy, and receives the weights. The step is sampled again with the same seeds,
-so the run equals one without the failure. Engines of servers are connected again, after the server was started again.
+so the run equals one without the failure. Processes of an engine that exited, or are stopped, while it slept are found
+before the next weight sync (`replace_lost`). An engine of a server is connected again, after the server was started
+again.
 A failure of the device itself (a sticky CUDA error) cannot be repaired in the process: the rebuild fails, the run ends
 with exit code 1, and `launch/train.sh --restarts N` continues it.
 Asserted by tests/unit/trainer/test_engine_rebuilds.py and tests/e2e/test_engine_failure.py.
@@ -16,6 +18,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from grpo_mega.interfaces import Engine, SyncPeers, WeightSink
 from grpo_mega.observe.engine_gauges import EngineGauges
+from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
@@ -125,6 +128,10 @@ class RebuildableEngine:
         """Return the gauges since the last call."""
         return self._engine.take_gauges()
 
+    def fault(self) -> str:
+        """Return why the engine cannot be used any more, or an empty string."""
+        return self._engine.fault()
+
     def sleep(self) -> None:
         """Release KV cache and weights."""
         self._engine.sleep()
@@ -171,10 +178,21 @@ class EngineRebuilds:
         sync: of this rank.
         phases: state of the device.
         limit: number of rebuilds of this start of the run (`guard.max_engine_rebuilds`).
+        timers: a rebuild counts as the phase `start`.
+        first_fault: returns the first text that is not empty among those of all ranks, with its rank. Collective.
     """
 
-    def __init__(self, engine: RebuildableEngine, sync: RebuildableSync, phases: Phases, limit: int) -> None:
+    def __init__(
+        self,
+        engine: RebuildableEngine,
+        sync: RebuildableSync,
+        phases: Phases,
+        limit: int,
+        timers: PhaseTimer,
+        first_fault: Callable[[str], str],
+    ) -> None:
         self._engine, self._sync, self._phases, self._limit = engine, sync, phases, limit
+        self._timers, self._first_fault = timers, first_fault
         self.count = 0
         """Rebuilds so far."""
 
@@ -193,21 +211,30 @@ class EngineRebuilds:
                 return action()
             except SamplingFailedError as error:
                 reason = str(error)  # without the frames of the failed call, which hold the engine
-            self.count += 1
-            if self.count > self._limit:
-                raise RuntimeError(
-                    f"{reason}; the engines were rebuilt {self.count - 1} times before, as often as "
-                    f"guard.max_engine_rebuilds={self._limit} allows"
-                )
-            log.warning("%s; the engines are rebuilt (%d of %d), and the samples are drawn again", reason, self.count,
-                        self._limit)  # fmt: skip
-            self._rebuild(reason)
+            self._rebuild(reason, ", and the samples are drawn again")
             push()
 
-    def _rebuild(self, reason: str) -> None:
+    def replace_lost(self) -> None:
+        """Rebuild the engines if the processes of one are gone or stopped; a push must follow. Collective.
+
+        Raises:
+            RuntimeError: they were rebuilt as often as allowed, or cannot be rebuilt.
+        """
+        if reason := self._first_fault(self._engine.fault()):
+            self._rebuild(reason, "")
+
+    def _rebuild(self, reason: str, then: str) -> None:
+        self.count += 1
+        if self.count > self._limit:
+            raise RuntimeError(
+                f"{reason}; the engines were rebuilt {self.count - 1} times before, as often as "
+                f"guard.max_engine_rebuilds={self._limit} allows"
+            )
+        log.warning("%s; the engines are rebuilt (%d of %d)%s", reason, self.count, self._limit, then)
         try:
-            self._phases.rebuild_engine(self._engine.rebuild)
-            with self._phases.reading_weights():
-                self._sync.rebuild()
+            with self._timers.phase("start"):
+                self._phases.rebuild_engine(self._engine.rebuild)
+                with self._phases.reading_weights():
+                    self._sync.rebuild()
         except UserError as error:  # the config was valid before: a server is gone, or memory is missing
             raise RuntimeError(f"{reason}; the engines cannot be rebuilt: {error}") from error

@@ -226,10 +226,13 @@ def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:
 def push_between_slices(job: TrainerState, state: LoopState) -> SyncReport:
     """Send the policy's weights as `push_weights`, while sampling in the background is paused. Collective.
 
+    Without such sampling, which uses the connections to the engines all the time, lost engines are replaced before.
+
     Raises:
         WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.sample`.
     """
     if job.background is None:
+        job.engines.replace_lost()
         return push_weights(job, state)
     paused = job.background.syncing
 

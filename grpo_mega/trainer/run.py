@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from grpo_mega.checkpoint.local_copies import copy_newest, leads_machine
 from grpo_mega.checkpoint.verification import verify_checkpoints
 from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import Config
@@ -21,7 +22,7 @@ from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.observe.log import configure_logging
-from grpo_mega.observe.run_folder import CheckpointsToVerify, RunState, checkpoints_to_verify, open_run
+from grpo_mega.observe.run_folder import CheckpointsToVerify, RunFolder, RunState, checkpoints_to_verify, open_run
 from grpo_mega.observe.run_lock import run_lock
 from grpo_mega.observe.summary import render
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
@@ -63,7 +64,12 @@ def run_job(
         require_equal_inputs(resolved(config), data, held_out, ranks)
         with ExitStack() as lock:
             wanted = agreed(lambda: _lock_and_list(config, lock), ranks)
-            verify_checkpoints(wanted, describe_model(hf_shapes(checkpoint_spec(folder))), ranks)
+            model, local_dir = describe_model(hf_shapes(checkpoint_spec(folder))), config.checkpoint.local_dir
+            if local_dir is not None and not wanted.named_by_user and not config.run.overwrite:
+                run_folder = RunFolder(Path(str(config.run.dir)))
+                copy_newest(Path(local_dir), run_folder, model, ranks, leads=leads_machine())
+                wanted = agreed(lambda: checkpoints_to_verify(**_arguments(config)), ranks)
+            verify_checkpoints(wanted, model, ranks)
             run = agreed(lambda: open_run(**_arguments(config)), ranks)
             if run.status == "finished":
                 _print_finished(run, ranks)

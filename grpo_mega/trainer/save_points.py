@@ -6,6 +6,7 @@ Asserted by tests/unit/trainer/test_save_points.py and tests/e2e/test_resume.py.
 
 from __future__ import annotations
 
+from grpo_mega.checkpoint.local_copies import LocalSaves
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.interfaces import Policy
@@ -27,6 +28,7 @@ class SavePoints:
         timers: PhaseTimer,
         last_step: int,
         writer: BackgroundWriter,
+        local: LocalSaves | None = None,
     ) -> None:
         """Create the object of this rank.
 
@@ -38,7 +40,9 @@ class SavePoints:
             timers: measures the time of the phase `checkpoint`.
             last_step: `train.steps`.
             writer: writes the rollouts and the metrics of this rank.
+            local: local checkpoints; None: there are none.
         """
+        self._local, self._local_step = local, 0
         self._ranks, self._checkpoints, self._schedule, self._stops = ranks, checkpoints, schedule, stops
         self._timers, self._last_step, self._writer = timers, last_step, writer
         self._saved_step = 0
@@ -52,6 +56,7 @@ class SavePoints:
     def start(self, state: LoopState) -> None:
         """Note that training starts from `state`, which is on disk or is the base model."""
         self._saved_step = state.step
+        self._delete_local()
         self._stops.training_starts()
 
     def save_now(self, policy: Policy, state: LoopState) -> None:
@@ -63,10 +68,13 @@ class SavePoints:
     def complete_writes(self) -> None:
         """Wait until a save in flight is visible, and rollouts and metrics of all ranks are on disk.
 
+        Local checkpoints are deleted: the run may go back to a step before them.
+
         Raises:
             RuntimeError: on every rank, if something cannot be written.
         """
         self._require_written()
+        self._delete_local()
         with self._timers.phase("checkpoint"):
             self._checkpoints.publish(wait=True)
 
@@ -96,6 +104,9 @@ class SavePoints:
         save = self._schedule.is_due(state.step, time_is_up=bool(self._stop_code or due))
         with self._timers.phase("checkpoint"):
             self._checkpoints.stage_if_due(policy, state, is_due=save)
+            if self._local is not None and not save and state.step % self._local.every == 0:
+                self._local.manager.stage_if_due(policy, state, is_due=True)
+                self._local_step = state.step
         if save:
             self._schedule.saved()
             self._saved_step = state.step
@@ -107,11 +118,19 @@ class SavePoints:
             Stopped: on every rank, with a complete checkpoint.
             RuntimeError: on every rank, if rollouts or metrics of a rank cannot be written.
         """
-        if self._saved_step == step:
+        if step in (self._saved_step, self._local_step):
             self._require_written()
         self._checkpoints.publish(wait=bool(self._stop_code) or step == self._last_step)
+        if self._local is not None:
+            self._local.manager.publish(wait=True)
+            if self._checkpoints.published_step > self._local.manager.published_step > 0:
+                self._delete_local()
         if self._stop_code:
             raise Stopped(f"stopped after step {step}", self._stop_code)
+
+    def _delete_local(self) -> None:
+        if self._local is not None:
+            self._local.manager.delete_all()
 
     def _require_written(self) -> None:
         """Wait until the rollouts and the metrics of all ranks are on disk. Collective.

@@ -9,21 +9,30 @@ import pytest
 from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, run_job, without_times
 
 KEYS = (*SMALL, "reward.terms=[{name: tests.helpers.failing_engine.exact}]", "run.world_size=2", "train.steps=3")
+PARTIAL = (
+    "engine.tp=1",
+    "sampling.temperature=2.0",
+    "sampling.partial={oversubmit: 1.5, slice_tokens: 2, max_staleness: 4}",
+)
 DP, TP = ("engine.tp=1",), ("parallel.tp=2", "engine.tp=2")
 
 
 @pytest.mark.parametrize(
-    ("layout", "kind", "reason"),
+    ("layout", "kind", "request_number", "reason"),
     [
-        pytest.param(DP, "raises", "RuntimeError: the engine fails on purpose", id="exception on one rank"),
-        pytest.param(TP, "nan", "which is no log-probability", id="invalid output", marks=pytest.mark.long),
+        pytest.param(DP, "raises", 2, "RuntimeError: the engine fails on purpose", id="exception on one rank"),
+        pytest.param(TP, "nan", 2, "which is no log-probability", id="invalid output", marks=pytest.mark.long),
+        pytest.param(  # a slice of the second step, which continues rollouts of the first one
+            PARTIAL, "raises", 7, "RuntimeError: the engine fails on purpose", id="partial", marks=pytest.mark.long
+        ),
     ],
 )
 def test_the_engine_is_rebuilt_and_the_run_equals_one_without_the_failure(
-    tmp_path: Path, layout: tuple[str, ...], kind: str, reason: str
+    tmp_path: Path, layout: tuple[str, ...], kind: str, request_number: int, reason: str
 ) -> None:
     logs = {}
-    for name, env in (("plain", {}), ("failed", {"FAILING_ENGINE": kind})):
+    failing = {"FAILING_ENGINE": kind, "FAILING_REQUEST": str(request_number)}
+    for name, env in (("plain", {}), ("failed", failing)):
         ended = run_job(*KEYS, *layout, f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log", env=env)
         assert ended.code == 0, ended.stderr[-3000:]
         logs[name] = "".join(each.read_text() for each in (tmp_path / name / "logs").glob("rank_*"))

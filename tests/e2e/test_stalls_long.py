@@ -6,14 +6,14 @@ import re
 import signal
 import socket
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from grpo_mega.parallel.heartbeat import FOLDER_VARIABLE, OUTSIDE, Beat, read_beats
+from grpo_mega.parallel.heartbeat import OUTSIDE
 from tests.helpers.jobs import SMALL, running_job
+from tests.helpers.signals import beat_of, rank_processes
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 LIMIT, START_LIMIT, REPORT_SECONDS = 10.0, 30.0, 10.0
@@ -27,21 +27,6 @@ KEYS = (
     "evaluation.k=1",
     "evaluation.max_prompts=4",
 )
-
-
-def rank_processes(job: psutil.Popen) -> dict[int, psutil.Process]:
-    """Return {rank: process} of a job that is running; empty if its ranks have not started."""
-    found = {}
-    with suppress(psutil.Error):
-        for each in job.children(recursive=True):
-            with suppress(psutil.Error):
-                if "grpo_mega.train" in each.cmdline() and "RANK" in each.environ():
-                    found[int(each.environ()["RANK"])] = each
-    return found
-
-
-def beat_of(process: psutil.Process, rank: int) -> Beat:
-    return read_beats(Path(process.environ()[FOLDER_VARIABLE]))[rank]
 
 
 def stop_in_phase(job: psutil.Popen, rank: int, phase: str, seconds: float) -> None:

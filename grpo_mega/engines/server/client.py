@@ -39,6 +39,7 @@ log = logging.getLogger("grpo_mega.engines")
 _RETRY_SECONDS = 0.5  # between two attempts to claim a server
 _REMIND_SECONDS = 20.0  # between two log lines that name the server that this job waits for
 _RELEASE_SECONDS = 5.0  # a server that looks busy may only not have noticed yet that its last job is gone
+_SILENT_SECONDS = 45.0  # a server sends a heartbeat every second, also while it computes
 _COMMAND_NAMES = {MeetCommand: "meet", PushCommand: "push", SampleCommand: "sample"}
 
 
@@ -87,7 +88,7 @@ class ServerClient:
         self._awaits_answer = False  # the last command's answer is not complete
         self._steps = -1
         self._gauges = EngineGauges()
-        self._progress_time = time.monotonic()
+        self._progress_time = self._message_time = time.monotonic()
 
     def start(self, command: Command) -> None:
         """Send a command. `check` reads its answer, or the next command does.
@@ -98,7 +99,8 @@ class ServerClient:
         for _ in self._replies("the rest of the last command", self._timeout):
             pass
         self.check()
-        self._progress_time, self._awaits_answer = time.monotonic(), True
+        self._progress_time = self._message_time = time.monotonic()
+        self._awaits_answer = True
         try:
             self._connection.send(command)
         except ConnectionFailedError as error:
@@ -132,7 +134,13 @@ class ServerClient:
 
     def _replies(self, command: str, heartbeat_seconds: float) -> Iterator[RolloutReply | None]:
         while self._awaits_answer:
-            left = self._progress_time + self._timeout - time.monotonic()
+            now = time.monotonic()
+            silence_ends, patience_ends = self._message_time + _SILENT_SECONDS, self._progress_time + self._timeout
+            left = min(silence_ends, patience_ends) - now
+            if silence_ends <= now:
+                raise RuntimeError(
+                    f"engine server {self.name} is not responding: no message for {_SILENT_SECONDS:g} s ({command})"
+                )
             if left <= 0:
                 raise RuntimeError(
                     f"engine server {self.name} is not responding: no answer and no engine step for "
@@ -152,6 +160,7 @@ class ServerClient:
             message = self._connection.receive()
         except ConnectionFailedError as error:
             raise self._gone(command, error) from error
+        self._message_time = time.monotonic()
         if isinstance(message, Heartbeat) and message.steps == self._steps:
             return None
         self._progress_time = time.monotonic()

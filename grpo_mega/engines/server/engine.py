@@ -190,6 +190,14 @@ class ServerEngine:
         """Return the server's gauges since the last call; empty on all ranks of the group but the first."""
         return EngineGauges() if self._client is None else self._client.take_gauges()
 
+    def fault(self) -> str:
+        """Return why the server cannot be used any more, or an empty string; on the first rank of the group."""
+        try:
+            self._check()
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
     def sleep(self) -> None:
         """Release nothing: the server's devices have no other user."""
         self._asleep = {"kv_cache", "weights"}

@@ -139,16 +139,26 @@ class SglangEngine:
         taken, self._gauges = self._gauges, EngineGauges()
         return taken
 
+    def fault(self) -> str:
+        """Return why SGLang's processes cannot be used any more, or an empty string."""
+        return "" if self._process is None else self._process.fault()
+
     def sleep(self) -> None:
         """Release the KV cache, then the weights, which the next sync brings back.
 
         Without CUDA both stay in the memory of SGLang's processes, because its memory saver is a library for CUDA;
-        sampling before the next sync is an error all the same.
+        sampling before the next sync is an error all the same. Processes that have exited hold no memory: `fault`
+        reports them.
         """
         if self._asleep:
             return
         if self._process is not None:
-            self._process.call("release", ["kv_cache", "weights"])
+            try:
+                self._process.call("release", ["kv_cache", "weights"])
+            except RuntimeError as error:
+                if not self._process.has_exited:
+                    raise
+                logger.warning("%s", error)
         self._asleep = {"weights", "kv_cache"}
         self._sink.forget()
 

@@ -26,6 +26,7 @@ from grpo_mega.engines.sglang.messages import HostSettings, set_timeouts
 _HOST_MODULE = "grpo_mega.engines.sglang.engine_process"
 _START_SECONDS = 600.0  # for imports and spawned processes, on a machine that several engines share
 _END_SECONDS = 20.0
+_STOPPED_SECONDS = 30.0  # less than the launcher waits before it ends a job with a stopped process
 _LAST_LINES = 30  # lines of the log in an error
 
 
@@ -67,6 +68,7 @@ class SglangProcess:
             )
         self._connection = Connection(ours.detach())
         self._answer_pending = True  # at first the answer to the start
+        self._stopped_since: float | None = None
         # half of the timeout: the process reports schedulers that do not become idle before this client gives up
         self._send(HostSettings(arguments, self._folder, tp, idle_seconds=timeout_seconds / 2))
 
@@ -110,6 +112,18 @@ class SglangProcess:
         self._send((command, arguments))
         yield from self._parts(command, None, beat_seconds)
 
+    @property
+    def has_exited(self) -> bool:
+        """True if the process is not running any more."""
+        return self._process.poll() is not None
+
+    def fault(self) -> str:
+        """Return why the process cannot be used any more, or an empty string. Does not wait."""
+        if self.has_exited:
+            return f"SGLang's process {self.pid} exited with code {self._process.poll()}{self.last_words()}"
+        stopped = self._stopped()
+        return "" if stopped is None else f"SGLang's process {stopped} is stopped (SIGSTOP, or a debugger)"
+
     def close(self) -> None:
         """End the process and its children. A second call does nothing."""
         if self._connection.closed:
@@ -135,6 +149,8 @@ class SglangProcess:
             if wait <= 0:
                 raise self._timed_out(f"answer {command}", limit)
             kind, value = self._receive(command) if self._connection.poll(wait) else ("heartbeat", None)
+            if kind == "heartbeat":
+                self._require_running(command)
             if kind == "done":
                 self._answer_pending = False
                 if value is not None:
@@ -170,6 +186,32 @@ class SglangProcess:
         """Kill the process and return the error to raise."""
         self._kill()
         return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self.last_words()}")
+
+    def _require_running(self, command: str) -> None:
+        """Kill the process and raise RuntimeError if it, or one of its children, has been stopped for too long."""
+        stopped = self._stopped()
+        if stopped is None:
+            self._stopped_since = None
+            return
+        now = time.monotonic()
+        self._stopped_since = self._stopped_since or now
+        if now - self._stopped_since < _STOPPED_SECONDS:
+            return
+        self._kill()
+        raise RuntimeError(
+            f"SGLang's process {stopped} has been stopped (SIGSTOP, or a debugger) for {_STOPPED_SECONDS:g} s during "
+            f"{command}{self.last_words()}"
+        )
+
+    def _stopped(self) -> int | None:
+        """Return the first process of SGLang that is stopped."""
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            for each in (process, *process.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    if each.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
+                        return int(each.pid)
+        return None
 
     def _kill(self) -> None:
         """Kill the process and its children by process id."""

@@ -121,6 +121,10 @@ class VllmEngine:
         taken, self._gauges = self._gauges, EngineGauges()
         return taken
 
+    def fault(self) -> str:
+        """Return an empty string: the engine is in the process of its rank."""
+        return ""
+
     def sleep(self) -> None:
         """Release the KV cache and the weights, which the next sync brings back.
 

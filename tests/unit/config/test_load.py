@@ -336,6 +336,18 @@ def test_config_is_frozen(minimal_config: Path) -> None:
         (["evaluation.every=2"], ["evaluation.every=2", "data.eval"]),
         (["evaluation.report_k=[2, 8]"], ["evaluation.report_k=[2, 8]", "evaluation.k=4", "8", "evaluation.k"]),
         (["data.train=[{path: a, wegiht: 2}]"], ["data.train.0.wegiht", "data.train.weight"]),
+        (
+            ["checkpoint.local_every=2"],
+            ["checkpoint.local_every=2 needs a folder on every machine", "set checkpoint.local_dir"],
+        ),
+        (
+            ["checkpoint.local_dir=/x"],
+            ["checkpoint.local_dir=/x does nothing without checkpoint.local_every", "remove it"],
+        ),
+        (
+            ["checkpoint.local_every=2", "checkpoint.local_dir=x"],
+            ["checkpoint.local_dir=x is not an absolute path", "that all machines have"],
+        ),
         (["reward.terms=[]"], ["reward.terms=[]", "add a reward, for example {name: exact}"]),
     ],
 )
@@ -374,6 +386,7 @@ def test_each_rule_between_keys_names_key_value_and_remedy(
         ["train.max_tokens_per_microbatch=1284", "parallel.cp=3"],
         ["train.minibatches_per_epoch=32"],
         ["evaluation.every=2", "data.eval=arithmetic:heldout"],
+        ["checkpoint.local_every=2", "checkpoint.local_dir=/x"],
     ],
 )
 def test_the_remedies_of_the_rules_are_accepted(minimal_config: Path, overrides: list[str]) -> None:

@@ -104,18 +104,30 @@ def test_each_kind_of_progress_starts_the_time_again(
         assert status(watched).idle_seconds == 0
 
 
-def test_reading_is_progress_in_phases_that_read_files_and_not_in_others(
-    tmp_path: Path, process: subprocess.Popen[bytes], beat: RankHeartbeat, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("phase", "kib_per_second", "idle_seconds"),
+    [("start", 80, 0.0), ("checkpoint", 80, 0.0), ("rollout", 2, 40.0), ("train", 80, 40.0)],
+)
+def test_reading_at_a_rate_is_progress_in_phases_that_read_files_and_a_little_reading_is_not(
+    tmp_path: Path,
+    process: subprocess.Popen[bytes],
+    beat: RankHeartbeat,
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    kib_per_second: int,
+    idle_seconds: float,
 ) -> None:
-    clock, read = Clock(), [0]
+    """The metrics of the hardware read about 1 KiB/s in rank 0 all the time."""
+    clock, read = Clock(), [10**9]
     monkeypatch.setattr(processes, "file_bytes", lambda _: read[0])
-    for phase, expected in (("start", 0.0), ("checkpoint", 0.0), ("train", 50.0)):
-        watched = watch(tmp_path, process, clock)
-        beat.phase(phase)
-        status(watched)
-        clock.now += 50
-        read[0] += 4096
-        assert status(watched).idle_seconds == expected, phase
+    watched = watch(tmp_path, process, clock)
+    beat.phase(phase)
+    status(watched)
+    for _ in range(20):
+        clock.now += 2
+        read[0] += 2 * 1024 * kib_per_second
+        found = status(watched)
+    assert found.idle_seconds == idle_seconds
 
 
 def test_a_stopped_rank_is_late_after_a_minute_in_a_phase_that_was_never_measured(

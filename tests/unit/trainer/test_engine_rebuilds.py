@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
 from grpo_mega.types import UserError
@@ -17,9 +18,11 @@ class Recorder:
 
     def __init__(self, limit: int = 2) -> None:
         self.calls: list[str] = []
-        self.number, self.fails_to_close, self.fails_to_build = 0, False, False
+        self.number, self.fails_to_close, self.fails_to_build, self.fault = 0, False, False, ""
+        self.timers = PhaseTimer()
         self.engine = RebuildableEngine(self.make_engine)
-        self.rebuilds = EngineRebuilds(self.engine, RebuildableSync(self.make_sync), cast("Any", self), limit)
+        self.rebuilds = EngineRebuilds(self.engine, RebuildableSync(self.make_sync), cast("Any", self), limit,
+                                       self.timers, lambda mine: mine and f"rank 0: {mine}")  # fmt: skip
 
     def make_engine(self) -> Any:
         if self.fails_to_build:
@@ -33,6 +36,7 @@ class Recorder:
         return object()
 
     def rebuild_engine(self, rebuild: Any) -> None:
+        assert self.timers.current == "start"  # so its stall limit is that of a start
         self.calls.append("offload")
         rebuild()
 
@@ -43,6 +47,9 @@ class Recorder:
 class StubEngine:
     def __init__(self, recorder: Recorder, steps: int) -> None:
         self.recorder, self.steps = recorder, steps
+
+    def fault(self) -> str:
+        return self.recorder.fault if self.steps == 1 else ""
 
     def close(self) -> None:
         self.recorder.calls.append("close")
@@ -95,3 +102,17 @@ def test_other_errors_are_not_repeated() -> None:
     with pytest.raises(ValueError, match="the request is wrong"):
         recorder.rebuilds.sample(sample, lambda: None)
     assert recorder.calls.count("sample") == 1
+
+
+def test_an_engine_that_was_lost_between_two_rollouts_is_rebuilt_before_the_weights_are_sent() -> None:
+    recorder = Recorder(limit=1)
+    recorder.calls.clear()
+    recorder.rebuilds.replace_lost()
+    assert recorder.calls == []
+    recorder.fault = "SGLang's process 7 exited with code -9"
+    recorder.rebuilds.replace_lost()
+    assert recorder.calls == ["offload", "close", "engine 2", "sync"]
+    recorder.rebuilds.replace_lost()
+    assert recorder.rebuilds.count == 1
+    with pytest.raises(RuntimeError, match=r"it broke; the engines were rebuilt 1 times before"):
+        recorder.rebuilds.sample(failing(9, recorder), lambda: None)

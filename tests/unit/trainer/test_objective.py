@@ -188,6 +188,7 @@ def test_the_kl_coefficient_follows_the_step_s_mean_kl(kls: tuple[float, float],
     updates = [UpdateStats(1.0, 1e-6, {"kl": kl}, {}) for kl in kls]
     objective = Objective(AlgorithmConfig(kl_target=0.1), 16).at(0.5)
     assert objective.next_kl_coef(updates) == pytest.approx(0.5 * factor, rel=1e-12)
+    assert objective.next_kl_coef([]) == 0.5  # all updates were skipped
     assert objective.loss().kl_coef == 0.5
     assert Objective(AlgorithmConfig(), 16).next_kl_coef(updates) is None
     assert Objective(AlgorithmConfig(), 16).at(None).loss().kl_coef == 0.04

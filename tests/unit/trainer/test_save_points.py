@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 
+from grpo_mega.checkpoint.local_copies import LocalSaves
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.observe.background_writer import BackgroundWriter
@@ -25,13 +27,20 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.code, self.seconds = 0, 0.0
+        self.staged_step = self.published_step = 0
 
     def stage_if_due(self, policy: Any, state: LoopState, *, is_due: bool) -> None:
         if is_due:
             self.calls.append(state.step)
+            self.staged_step = state.step
 
     def publish(self, *, wait: bool) -> None:
         self.calls.append("wait" if wait else "publish")
+        self.published_step = self.staged_step
+
+    def delete_all(self) -> None:
+        self.calls.append("delete")
+        self.published_step = self.staged_step = 0
 
     def training_starts(self) -> None:
         self.calls.append("training")
@@ -43,11 +52,13 @@ class Recorder:
         return self.seconds
 
 
-def points_of(recorder: Recorder, step: int = 0, writer: BackgroundWriter | None = None) -> SavePoints:
+def points_of(
+    recorder: Recorder, step: int = 0, writer: BackgroundWriter | None = None, local: LocalSaves | None = None
+) -> SavePoints:
     topology, one = Topology(1), recorder
     ranks = Ranks(topology, topology.coordinates(0), torch.device("cpu"))
     schedule = CheckpointSchedule(3, 30.0, last_step=5, clock=recorder)
-    points = SavePoints(ranks, one, schedule, one, PhaseTimer(), 5, writer or BackgroundWriter())  # type: ignore[arg-type]
+    points = SavePoints(ranks, one, schedule, one, PhaseTimer(), 5, writer or BackgroundWriter(), local)  # type: ignore[arg-type]
     points.start(LoopState(step=step))
     recorder.calls.clear()
     return points
@@ -168,3 +179,32 @@ def test_a_failed_write_of_another_rank_ends_this_rank_too(monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="rank 5 could not write the rollouts or the metrics"):
         points.end_step(3)
     assert recorder.calls == [3]
+
+
+def test_local_checkpoints_are_saved_between_the_others_and_deleted_when_a_newer_one_is_complete() -> None:
+    recorder, local = Recorder(), Recorder()
+    points = points_of(recorder, local=LocalSaves(local, every=1))  # type: ignore[arg-type]
+    assert local.calls == ["delete"]  # of steps that are made again
+    local.calls.clear()
+    make_steps(points, 1, 5)
+    assert [call for call in recorder.calls if isinstance(call, int)] == [3, 5]
+    assert local.calls == [1, "wait", 2, "wait", "wait", "delete", 4, "wait", "wait", "delete"]
+
+
+def test_the_rollouts_of_a_step_are_on_disk_before_its_local_checkpoint_is_visible() -> None:
+    recorder, local = Recorder(), Recorder()
+    with BackgroundWriter() as writer:
+        points = points_of(recorder, writer=writer, local=LocalSaves(local, every=1))  # type: ignore[arg-type]
+        points.stop_before_updates(None, LoopState(step=0))  # type: ignore[arg-type]
+        points.after_updates(None, LoopState(step=1))  # type: ignore[arg-type]
+        writer.submit(lambda: (time.sleep(0.2), local.calls.append("rollouts")))
+        points.end_step(1)
+    assert local.calls[-2:] == ["rollouts", "wait"]
+
+
+def test_a_rollback_deletes_local_checkpoints() -> None:
+    recorder, local = Recorder(), Recorder()
+    points = points_of(recorder, local=LocalSaves(local, every=1))  # type: ignore[arg-type]
+    make_steps(points, 1, 1)
+    points.complete_writes()
+    assert local.calls[-1] == "delete"

@@ -117,3 +117,35 @@ def test_close_ends_the_process_and_its_children_and_may_be_repeated(process: Sg
     process.close()
     assert is_gone(process.pid)
     assert is_gone(child)
+
+
+@pytest.mark.parametrize("is_child", [False, True])
+def test_a_process_of_sglang_that_stays_stopped_while_it_samples_is_killed_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_child: bool
+) -> None:
+    monkeypatch.setattr(engine_client, "_STOPPED_SECONDS", 0.5)
+    process = start(tmp_path / "log")
+    assert process.fault() == ""
+    stopped = process.call("child") if is_child else process.pid
+    stream = process.stream("stall", beat_seconds=0.1)
+    assert next(stream) is None
+    psutil.Process(stopped).suspend()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf"SGLang's process {stopped} has been stopped .* for 0.5 s during stall"):
+        list(stream)
+    assert 0.4 < time.monotonic() - begin < 10
+    assert is_gone(process.pid)
+    process.close()
+
+
+def test_a_lost_process_is_a_fault(tmp_path: Path) -> None:
+    process = start(tmp_path / "log")
+    psutil.Process(process.pid).suspend()
+    deadline = time.monotonic() + 10
+    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.fault() == f"SGLang's process {process.pid} is stopped (SIGSTOP, or a debugger)"
+    psutil.Process(process.pid).kill()
+    assert is_gone(process.pid)
+    assert process.fault().startswith(f"SGLang's process {process.pid} exited with code -9")
+    process.close()

@@ -1,0 +1,256 @@
+"""Checkpoints on the disks, or in the memory, of the machines of a job (`checkpoint.local_every`).
+
+Each rank writes its files into the folder of its own machine, with the writer, the comparison with the live state and
+the manifest of every checkpoint (manager.py). They survive killed processes, and not the loss of a machine. When a run
+continues, the newest one that all machines together hold, whole and newer than the newest checkpoint of the run folder,
+is copied into the run folder; the run then continues from it as from any checkpoint. Otherwise the log says why not.
+The folder of a run is named by a number in the run folder: another run in the same place never finds it.
+Asserted by tests/parallel/test_local_copies.py and tests/e2e/test_local_checkpoints.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import xxhash
+
+from grpo_mega.checkpoint.manager import CheckpointManager
+from grpo_mega.formats.checkpoint_manifest import (
+    DamagedCheckpointError,
+    Manifest,
+    differences,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
+from grpo_mega.observe.run_folder import RunFolder, checkpoint_step
+from grpo_mega.parallel.ranks import Ranks, agreed, first_error
+
+log = logging.getLogger(__name__)
+_LEADER = "leader_"
+
+
+class _SharedFolderError(Exception):
+    """Several machines have the same folder."""
+
+
+@dataclass(frozen=True)
+class LocalSaves:
+    """Local checkpoints of a run.
+
+    Attributes:
+        manager: writes them into the folder of this machine.
+        every: `checkpoint.local_every`.
+    """
+
+    manager: CheckpointManager
+    every: int
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The part of a local checkpoint on one machine: digest of its manifest, files that are whole, and what is not."""
+
+    manifest: str
+    whole: frozenset[str]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What one machine holds: step -> checkpoint. Empty on ranks that do not lead a machine."""
+
+    name: str = ""
+    held: dict[int, _Held] = field(default_factory=dict)
+
+
+def leads_machine() -> bool:
+    """Return True on the first rank of each machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def open_local_folder(local_dir: Path, run: RunFolder, ranks: Ranks, *, leads: bool) -> Path:
+    """Return the folder of a run's local checkpoints, and remove those of earlier runs in its place. Collective.
+
+    Args:
+        local_dir: `checkpoint.local_dir`.
+        run: folder of the run.
+        ranks: coordinates of this rank.
+        leads: True on the first rank of each machine.
+
+    Raises:
+        RuntimeError: on every rank, if a folder cannot be made (names rank and folder).
+    """
+
+    def number() -> str:
+        if not run.local_id.exists():
+            run.local_id.write_text(secrets.token_hex(8), encoding="utf-8")
+        return run.local_id.read_text(encoding="utf-8")
+
+    folder = local_folder(local_dir, run, agreed(number, ranks))
+
+    def act(action: Callable[[], None]) -> None:
+        failure = ""
+        if leads:
+            try:
+                action()
+            except OSError as error:
+                failure = f"cannot be written ({error.strerror})"
+            except _SharedFolderError:
+                failure = "is the same folder on several machines"
+        if failure := first_error(failure):
+            raise RuntimeError(
+                f"checkpoint.local_dir={local_dir}: {failure}; name a folder of a disk or the memory of each machine"
+            )
+
+    def make() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{_LEADER}{ranks.rank}").touch()
+        for other in folder.parent.iterdir():
+            if other != folder:
+                shutil.rmtree(other)
+
+    def require_own() -> None:
+        if len(list(folder.glob(f"{_LEADER}*"))) > 1:
+            raise _SharedFolderError
+
+    def forget_leader() -> None:
+        (folder / f"{_LEADER}{ranks.rank}").unlink()
+
+    act(make)
+    try:
+        act(require_own)
+    finally:
+        act(forget_leader)
+    return folder
+
+
+def local_folder(local_dir: Path, run: RunFolder, number: str) -> Path:
+    """Return the folder of the run with this number; those of one run folder have the same parent."""
+    place = xxhash.xxh3_64_hexdigest(os.fsencode(run.path.absolute()))
+    return local_dir / f"{run.path.name}-{place}" / number
+
+
+def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, leads: bool) -> None:
+    """Copy the newest whole local checkpoint into the run folder, if it is newer than those there. Collective.
+
+    Args:
+        local_dir: `checkpoint.local_dir`.
+        run: folder of the run that continues.
+        model: `describe_model` of the model of this run.
+        ranks: coordinates of this rank.
+        leads: True on the first rank of each machine.
+    """
+    number, newest = agreed(lambda: (_read_number(run), max(run.complete_checkpoints(), default=0)), ranks)
+    if not number:
+        return
+    folder = local_folder(local_dir, run, number)
+    mine = _Machine(f"{socket.gethostname()}:{folder}", _inspect(folder, newest, model)) if leads else _Machine()
+    machines = [each for each in _gathered(mine) if each.name]
+    if not any(each.held for each in machines):
+        log.info("no machine holds a local checkpoint after step %d (checkpoint.local_dir=%s)", newest, local_dir)
+    for step in sorted({step for each in machines for step in each.held}, reverse=True):
+        reason = _reason(step, machines)
+        if not reason:
+            reason = _copy(step, machines, mine.name, folder, run, ranks)
+        if not reason:
+            log.info("the local checkpoint of step %d was copied to %s", step, run.checkpoint_of(step))
+            return
+        source = f"the checkpoint of step {newest} in the run folder" if newest else "the base model"
+        log.warning("the local checkpoint of step %d is not used, but an older one or %s: %s", step, source, reason)
+
+
+def _read_number(run: RunFolder) -> str:
+    return run.local_id.read_text(encoding="utf-8") if run.local_id.exists() else ""
+
+
+def _inspect(folder: Path, newest: int, model: str) -> dict[int, _Held]:
+    """Return what this machine holds of each checkpoint after step `newest`."""
+    held = {}
+    for path in folder.glob("step_*"):
+        step = checkpoint_step(path)
+        if step is None or step <= newest:
+            continue
+        try:
+            manifest = read_manifest(path)
+        except DamagedCheckpointError as error:
+            held[step] = _Held("", frozenset(), str(error))
+            continue
+        if manifest is None or manifest.step != step or manifest.model not in (model, ""):
+            held[step] = _Held("", frozenset(), f"{path}: is not a checkpoint of this step and model")
+            continue
+        present = [name for name in manifest.files if (path / name).exists()]
+        damages = differences(path, manifest, present)
+        whole = {name for name in present if not any(str(path / name) in damage for damage in damages)}
+        digest = xxhash.xxh3_128_hexdigest(repr(manifest).encode())
+        held[step] = _Held(digest, frozenset(whole), damages[0] if damages else "")
+    return held
+
+
+def _reason(step: int, machines: list[_Machine]) -> str:
+    """Return why a local checkpoint cannot be used, or an empty string. Equal on every rank."""
+    for machine in machines:
+        if step not in machine.held:
+            return f"{machine.name} has no part of it"
+        if machine.held[step].problem:
+            return f"{machine.held[step].problem} (on {machine.name})"
+    if len({machine.held[step].manifest for machine in machines}) > 1:
+        return "the machines have parts of different saves"
+    return ""
+
+
+def _copy(step: int, machines: list[_Machine], own: str, folder: Path, run: RunFolder, ranks: Ranks) -> str:
+    """Copy the parts of all machines into the run folder; return what failed, or an empty string. Collective."""
+    source, staged = folder / f"step_{step:06d}", run.checkpoint_of(step).with_suffix(".tmp")
+    manifest: Manifest = agreed(lambda: read_manifest(source), ranks)  # type: ignore[assignment]
+    holders = {name: next((m.name for m in machines if name in m.held[step].whole), "") for name in manifest.files}
+    if missing := next((name for name, holder in holders.items() if not holder), ""):
+        return f"no machine has its file {missing}"
+
+    def act(is_mine: bool, action: Any) -> str:
+        failure = ""
+        if is_mine:
+            try:
+                action()
+            except OSError as error:
+                failure = f"{error.filename}: {error.strerror}"
+        return first_error(failure)
+
+    def make_folders() -> None:
+        shutil.rmtree(staged, ignore_errors=True)
+        for name in manifest.files:
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def copy_own() -> None:
+        for name, holder in holders.items():
+            if holder == own:
+                shutil.copyfile(source / name, staged / name)
+                with (staged / name).open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def publish() -> None:
+        write_manifest(staged, manifest)
+        staged.rename(run.checkpoint_of(step))
+        sync_folder(run.checkpoints)
+
+    failure = act(ranks.is_first, make_folders) or act(bool(own), copy_own) or act(ranks.is_first, publish)
+    if failure and ranks.is_first:
+        shutil.rmtree(staged, ignore_errors=True)
+    return failure
+
+
+def _gathered(mine: _Machine) -> list[_Machine]:
+    if dist.get_world_size() == 1:
+        return [mine]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
