@@ -67,7 +67,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Machine:
-    """What one machine holds: step -> checkpoint. Empty on ranks that do not lead a machine."""
+    """Local checkpoints of one machine, by step. Empty on ranks that do not lead a machine."""
 
     name: str = ""
     held: dict[int, _Held] = field(default_factory=dict)
