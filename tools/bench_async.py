@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended
     folder = Path(tempfile.mkdtemp(prefix="bench_async_"))
     try:
         make_model(folder / "model", SHAPE, SHORT_MEAN)
