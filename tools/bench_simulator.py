@@ -27,9 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT))
 
-from bench_step import Side  # noqa: E402
 
 from grpo_mega.parallel.ports import free_port  # noqa: E402
 from grpo_mega.planner.simulation.costs import EngineCost, PolicyCost  # noqa: E402
@@ -37,6 +36,7 @@ from grpo_mega.planner.simulation.lengths import recorded_lengths  # noqa: E402
 from grpo_mega.planner.simulation.partial import PartialSettings, simulate_partial  # noqa: E402
 from grpo_mega.planner.simulation.synchronous import simulate_synchronous  # noqa: E402
 from grpo_mega.planner.simulation.workload import SimulatedJob, colocated_mode  # noqa: E402
+from tools.bench_step import Side  # noqa: E402
 from tools.step_sides.model_folder import make_model  # noqa: E402
 from tools.step_sides.two_mean_lengths import (  # noqa: E402
     GROUP,
