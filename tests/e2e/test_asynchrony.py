@@ -15,9 +15,8 @@ import pytest
 
 from grpo_mega.cli.prompt_use import read_prompt_use
 from grpo_mega.parallel.ports import free_port
-from tests.e2e.test_chaos import disturb
-from tests.e2e.test_server import wait_for_step
-from tests.helpers.jobs import SMALL, read_lines, rollouts_of, run_job_successfully, running_job
+from tests.helpers.chaos_runs import disturb
+from tests.helpers.jobs import SMALL, read_lines, rollouts_of, run_job_successfully, running_job, wait_for_step
 from tests.helpers.servers import RunningServer, serving
 
 STEPS, UPDATES, PER_STEP, GROUP = 6, 2, 8, 8

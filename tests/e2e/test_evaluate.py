@@ -64,7 +64,7 @@ def test_the_exported_weights_give_the_same_numbers_and_replicas_share_the_promp
     exported, _ = run_evaluation(quickstart.folder / "hf", *arguments)
     assert {name: exported[name] for name in NUMBERS} == {name: expected[name] for name in NUMBERS}
     checkpoint = quickstart.folder / "checkpoints" / f"step_{QUICKSTART_STEPS:06d}"
-    four, _ = run_evaluation(checkpoint, *arguments, "--k", "1", "2", "run.world_size=4", "engine.tp=2")
+    four, _ = run_evaluation(checkpoint, *arguments, "run.world_size=4", "engine.tp=2", "--k", "1", "2")
     assert four["num_prompts"] == 300
     assert four["greedy_accuracy"] == pytest.approx(expected["greedy_accuracy"], abs=0.01)
     assert set(four["pass_at_k"]) == {"1", "2"}

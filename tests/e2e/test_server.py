@@ -25,6 +25,7 @@ from tests.helpers.jobs import (
     run_job,
     run_job_successfully,
     running_job,
+    wait_for_step,
     without_times,
 )
 from tests.helpers.servers import RunningServer, serving
@@ -102,13 +103,6 @@ def test_a_server_returns_the_same_expert_choices_as_a_colocated_engine(tmp_path
         key for a, b in zip(here, there, strict=True) for key in a.keys() | b.keys() if a.get(key) != b.get(key)
     }
     assert different <= {"sync/bytes", "sync/received_bytes"}
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    end = time.monotonic() + 200
-    while not (run / "metrics.jsonl").exists() or len(read_lines(run / "metrics.jsonl")) < step:
-        assert time.monotonic() < end, f"step {step} was not reached"
-        time.sleep(0.05)
 
 
 def test_a_killed_job_releases_the_server_and_its_continued_run_equals_the_uninterrupted_run(

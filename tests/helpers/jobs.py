@@ -126,3 +126,11 @@ def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[s
         members = process.children(recursive=True)
         kill_with_children(process)
     assert [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Wait until `metrics.jsonl` of a run folder has this step."""
+    end = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or len(read_lines(run / "metrics.jsonl")) < step:
+        assert time.monotonic() < end, f"step {step} was not reached"
+        time.sleep(0.05)
