@@ -17,8 +17,8 @@ from grpo_mega.launch.restarts import take_restarts
 from tests.helpers.guides import shell_blocks
 from tests.helpers.jobs import REPOSITORY
 
-RESTART_BLOCK, REPLAY_BLOCK, CHAOS_BLOCK = shell_blocks("faults.md")
-RESTARTED, CHAOS = shlex.split(RESTART_BLOCK), shlex.split(CHAOS_BLOCK)
+RESTART_BLOCK, REPLAY_BLOCK, CHAOS_BLOCK, SOAK_BLOCK = shell_blocks("faults.md")
+RESTARTED, CHAOS, SOAK = (shlex.split(block) for block in (RESTART_BLOCK, CHAOS_BLOCK, SOAK_BLOCK))
 
 
 def test_the_restarted_command_has_a_config_and_a_number_of_restarts() -> None:
@@ -46,3 +46,9 @@ def test_the_disturbed_runs_are_those_of_a_scenario() -> None:
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert set(given) == {"--number", "--seed", "--only"}
     assert any(given["--only"] in scenario.name for scenario in SCENARIOS)
+
+
+def test_the_long_run_is_compared_by_a_tool_with_these_options() -> None:
+    program, tool, *options = SOAK
+    assert (program, tool) == ("launch/tool.sh", "bench_soak")
+    assert not set(options[::2]) - {"--steps", "--early"}
