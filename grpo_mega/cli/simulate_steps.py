@@ -1,6 +1,6 @@
 """Simulates the steps of a planned run for `grpo-mega plan --lengths` (cli/plan.py).
 
-It reads the lengths, and plans the run on each split of its devices into policy and engine servers.
+Reads the lengths, and plans the run for each split of its devices into policy and engine servers.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from grpo_mega.planner.simulation.partial import PartialSettings
 from grpo_mega.planner.simulation.workload import SimulatedJob, SimulatedMode
 from grpo_mega.types import UserError
 
-_STALENESS_STEPS = 8  # bound of partial rollouts if the config has none, in steps
+_DEFAULT_PARTIAL_STEPS = 8  # `sampling.partial.max_staleness` if the config has none, in steps
 
 
 def simulated_steps(
     plan: ResourcePlan, lengths: AnswerLengths, path: Path, overrides: Sequence[str], plan_of: PlanOf
 ) -> Simulation:
-    """Return the simulated modes of a run.
+    """Simulate synchronous, partial and asynchronous steps of a run.
 
     Args:
-        plan: of the run.
-        lengths: of its answers.
+        plan: plan of the run.
+        lengths: lengths of its answers.
         path: its config.
-        overrides: of keys of the config.
+        overrides: `section.key=value` overrides of the config.
         plan_of: returns the plan of a config.
     """
     config, notes = plan.inputs.config, list[str]()
@@ -69,7 +69,7 @@ def simulated_steps(
 
 
 def job_of(plan: ResourcePlan, lengths: AnswerLengths) -> SimulatedJob:
-    """Return the job of a plan with the planner's seconds. Prompts have the length that the planner assumes."""
+    """Return the job of a plan, with the planner's times. Prompts have the length that the planner assumes."""
     inputs, topology = plan.inputs, plan.inputs.topology
     prompt_tokens = max(1, round(inputs.config.data.max_prompt_tokens * inputs.assumptions.mean_length))
     mean_tokens = prompt_tokens + lengths.summary().mean
@@ -90,7 +90,7 @@ def job_of(plan: ResourcePlan, lengths: AnswerLengths) -> SimulatedJob:
 def partial_settings(config: Config) -> list[PartialSettings]:
     """Return the settings to compare: those of the config with several values of `oversubmit`."""
     sampling, given = config.sampling, config.sampling.partial
-    bound = _STALENESS_STEPS * config.train.updates_per_step if given is None else given.max_staleness
+    bound = _DEFAULT_PARTIAL_STEPS * config.train.updates_per_step if given is None else given.max_staleness
     values = sorted({*OVERSUBMITS, *(() if given is None else (given.oversubmit,))})
     return [PartialSettings(value, sampling.slice_tokens, bound) for value in values]
 
@@ -105,15 +105,15 @@ PlanOf = Callable[[Config], ResourcePlan]
 
 
 def server_plans(plan: ResourcePlan, path: Path, overrides: Sequence[str], plan_of: PlanOf) -> Iterator[ResourcePlan]:
-    """Yield the plans that fit, of the run's devices split into those of the policy and those of engine servers.
+    """Yield a plan for each split of the run's devices into policy and engine servers that fits.
 
-    Splits are of whole nodes, or of single devices on one node. All devices are used, and the number of servers must
+    Nodes are split as a whole; a single node is split by device. All devices are used, and the number of servers must
     divide the ranks of the policy.
 
     Args:
-        plan: of the run on all of its devices.
+        plan: plan of the run on all of its devices.
         path: its config.
-        overrides: of keys of the config.
+        overrides: `section.key=value` overrides of the config.
         plan_of: returns the plan of a config.
     """
     topology, per_node = plan.inputs.topology, plan.inputs.gpu.per_node
@@ -141,7 +141,7 @@ def read_lengths(given: str, max_tokens: int) -> AnswerLengths:
         max_tokens: `sampling.max_tokens`.
 
     Raises:
-        UserError: the value is not possible, or the file cannot be read or has no lengths.
+        UserError: MU or SIGMA is not allowed, or the file was not found, cannot be read, or has no lengths.
     """
     if given.startswith(LOGNORMAL):
         return lognormal_lengths(given, max_tokens)

@@ -1,11 +1,11 @@
-"""Gives a step its groups while an engine server samples those of later steps (`train.max_staleness`).
+"""Collects the groups of a step while engine servers sample the groups of later steps (`train.max_staleness`).
 
 The first rank of each prompt shard has the threads that sample (background_sampler.py) and their buffer
-(rollout_buffer.py). The methods here are collective, and are called by the training loop: all ranks wait for the groups
-of a step, pause sampling for a weight sync or an evaluation, and raise a failure of any shard together.
+(rollout_buffer.py). The training loop calls the methods of this module, which are collective: all ranks wait for the
+groups of a step, pause sampling for a weight sync or an evaluation, and raise a failure of any shard together.
 
-A step is not a function of the seed: it depends on the speed of policy and servers. Every prompt is trained once: the
-checkpoint of a step holds the buffer as it was when the step took its groups.
+The groups of a step depend on the speed of policy and servers, and not on the seed alone. Every prompt is trained once:
+the checkpoint of a step holds the buffer as it was when the step took its groups.
 Asserted by tests/unit/rollout/test_async_sampler.py and tests/e2e/test_asynchrony.py.
 """
 
@@ -37,18 +37,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class AsyncSampler:
-    """Sampler of this rank.
+    """Source of the groups of all steps, on this rank.
 
     Attributes:
-        make_background: builds the threads from the groups to begin with; None on all ranks of a shard but the first.
+        make_background: builds the sampling threads from the groups with which they continue; None on all ranks of a
+            shard but the first.
         collectives: of this rank.
         timers: timer of the phase `reward`.
         config: sections train, data and guard.
-        prompt_of: returns the prompt of a number (carried_rollouts.py).
+        prompt_of: returns the prompt with a number (carried_rollouts.py).
         policy_version: returns the number of updates behind the engine's weights.
         add_gauges: adds the gauges of the engine to those of the step.
         component_names: names of all reward terms, in the order of the config.
-        beat_seconds: longest wait of a rank between two exchanges with the others.
+        beat_seconds: longest time for which a rank waits without a collective, so that no rank times out.
     """
 
     make_background: Callable[[CarriedRollouts], BackgroundSampler] | None
@@ -62,7 +63,7 @@ class AsyncSampler:
     beat_seconds: float = 1.0
     background: BackgroundSampler | None = field(default=None, init=False)
     wait_seconds: float = field(default=0.0, init=False)
-    """Time for which the policy has waited for groups and for pauses since the last step."""
+    """Time for which this rank has waited for groups and for pauses of sampling since the last step."""
 
     @property
     def shards(self) -> list[PromptShard]:
@@ -76,12 +77,12 @@ class AsyncSampler:
         return self.shards[self.collectives.ranks.at.share]
 
     def begin(self, step: int, carried: object, request: SamplingRequest, seed_of: Sequence[object]) -> AsyncStep:
-        """Begin a step. The first call of a run starts to sample.
+        """Begin a step. The first call of a run starts the sampling threads.
 
         Args:
             step: its number.
-            carried: what the step before has left, of the checkpoint from which the run continues; None: nothing. Later
-                calls do not read it: the buffer holds more.
+            carried: rollouts in the checkpoint from which the run continues; None: there are none. Only the first call
+                reads it, because from then on the buffer is newer.
             request: group size, temperature and limits.
             seed_of: values from which, with prompt shard and slice, the seeds are derived.
         """
@@ -126,7 +127,10 @@ class AsyncSampler:
             yield
 
     def require_running(self, *, is_waiting: bool = False) -> bool:
-        """Return True if an argument is True on any rank. Collective.
+        """Raise if sampling has failed on any rank; return True if `is_waiting` is True on any rank. Collective.
+
+        Args:
+            is_waiting: True if this rank waits for the groups of a step.
 
         Raises:
             SamplingFailedError: on every rank, if sampling has failed on one. The threads of all ranks are stopped.
@@ -146,7 +150,7 @@ class AsyncSampler:
         raise SamplingFailedError(f"sampling failed on {where}: {reason}")
 
     def close(self) -> None:
-        """End the threads. `begin` starts them again, with the same groups."""
+        """Stop the sampling threads. `begin` starts them again, with the same groups."""
         if self.background is not None:
             self.background.stop()
 
@@ -198,7 +202,7 @@ class AsyncStep:
         return None
 
     def finish(self, groups: SampledGroups) -> SampledGroups:
-        """Return the groups with what the buffer holds besides them, and with the waits since the last step."""
+        """Return the groups with the rest of the buffer, for the checkpoint, and the waits since the last step."""
         owner, rest, metrics = self._owner, self._rest, self._metrics
         waited, owner.wait_seconds = owner.wait_seconds, 0.0
         counts = [metrics.dropped, len(rest.groups), rest.num_tokens, metrics.ready, metrics.wait_seconds]

@@ -1,9 +1,9 @@
 """Samples the rollouts of a prompt shard in the background, while the policy trains.
 
 One thread samples slices of all open groups (slices.py), and another one scores complete groups, so that a slow reward
-delays no slice. Both are paused between two calls of the engine: for a weight sync the sampling thread, for an
-evaluation both. Each slice is begun with whole rollouts, whose tokens keep the version of their weights; after a weight
-sync the engine computes the KV cache of the tokens so far again.
+delays no slice. A thread can be paused between two slices, or between two calls of the reward workers. A weight sync
+pauses the sampling thread, and an evaluation pauses both. The engine gets prompt and tokens so far with each slice.
+After a weight sync it computes their KV cache again; every token keeps the version of the weights that sampled it.
 Asserted by tests/unit/rollout/test_async_sampler.py.
 """
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SliceRequest:
-    """Request of the slices of a step.
+    """What all slices of a step have in common.
 
     Attributes:
         request: group size, temperature and limits; its seed is replaced.
@@ -42,14 +42,14 @@ class SliceRequest:
 
 
 class BackgroundSampler:
-    """Threads of the first rank of a prompt shard. `start` and `stop` may be called in turn.
+    """Threads of the first rank of a prompt shard. They can be started again after `stop`.
 
     Args:
         buffer: holds all groups.
         slices: samples with the engine of this rank, without other ranks.
         scoring: scores complete groups.
         take_gauges: returns the gauges of the engine since the last call.
-        cancelled: set to end the present call of the engine with an error.
+        cancelled: this object sets the event to end the current call of the engine with an error.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class BackgroundSampler:
         self._pauses = {"sampling": 0, "scoring": 0}
         self._busy = {"sampling": False, "scoring": False}
         self._request: SliceRequest | None = None
-        self._num_slices = 0  # of the present step
-        self._has_cache = False  # the engine has computed tokens of the open groups with its present weights
+        self._num_slices = 0  # of the current step
+        self._has_cache = False  # True if the engine's cache holds tokens of open groups, computed with its weights
         self._gauges = EngineGauges()
         self.failure: Exception | None = None
-        """Exception of a thread, which ended both; None while they run, and after `stop`."""
+        """Exception of a thread, after which both threads end; None while they run, and after `stop`."""
 
     def start(self, request: SliceRequest) -> None:
-        """Continue with the request of a step; start the threads if they do not run."""
+        """Use the request of a step from the next slice on; start the threads if they do not run."""
         with self._changed:
             self._request, self._num_slices = request, 0
             if self.threads:
@@ -89,7 +89,7 @@ class BackgroundSampler:
             thread.start()
 
     def stop(self) -> None:
-        """End the threads; only the tokens of the slice in progress are lost. A second call does nothing."""
+        """Stop the threads; only the tokens of the slice in progress are lost. A second call does nothing."""
         with self._changed:
             self._is_stopping = True
             self._changed.notify_all()
@@ -101,7 +101,7 @@ class BackgroundSampler:
 
     @contextmanager
     def paused(self, names: Sequence[str]) -> Iterator[None]:
-        """Wait until the threads of these names are between two calls, and let them wait there.
+        """Pause threads: wait until each of them has finished its current call, and keep it from making another one.
 
         Args:
             names: `sampling`, `scoring` or both.
@@ -125,7 +125,7 @@ class BackgroundSampler:
         self.buffer.weights_changed()
 
     def wait_until_ready(self, seconds: float) -> bool:
-        """Wait for the groups of a step, at most for `seconds`; return True if they are complete and scored."""
+        """Wait at most `seconds` for the groups of a step; return True if they are complete and scored."""
         with self._changed:
             self._changed.wait_for(lambda: self.failure is not None or self.buffer.is_ready(), seconds)
             return self.buffer.is_ready()
@@ -151,9 +151,9 @@ class BackgroundSampler:
                 self._changed.notify_all()
 
     def _sample_all(self) -> None:
-        while groups := self._next("sampling", self.buffer.groups_to_sample):
+        while groups := self._wait_for_groups("sampling", self.buffer.groups_to_sample):
             self._sample_slice(groups)
-            self._done("sampling")
+            self._set_idle("sampling")
 
     def _sample_slice(self, groups: Sequence[OpenGroup]) -> None:
         assert self._request is not None, "start comes first"
@@ -171,7 +171,7 @@ class BackgroundSampler:
         self.buffer.continued(copies)
 
     def _score_all(self) -> None:
-        while groups := self._next("scoring", self.buffer.groups_to_score):
+        while groups := self._wait_for_groups("scoring", self.buffer.groups_to_score):
             sampled: dict[int, tuple[Prompt, Completion]] = {}
             for group in groups:
                 for rollout in group.rollouts:
@@ -181,10 +181,10 @@ class BackgroundSampler:
             rollouts = iter(self._scoring.collect(sampled).values())
             for group in groups:
                 self.buffer.put(group, [next(rollouts) for _ in group.rollouts])
-            self._done("scoring")
+            self._set_idle("scoring")
 
-    def _next(self, name: str, find: Callable[[], list[OpenGroup]]) -> list[OpenGroup]:
-        """Wait until the thread is not paused and has groups, and return them; empty: the thread ends."""
+    def _wait_for_groups(self, name: str, find: Callable[[], list[OpenGroup]]) -> list[OpenGroup]:
+        """Wait until the thread is not paused and has groups, and return them; return none if the thread must end."""
         with self._changed:
             while not self._is_stopping:
                 if not self._pauses[name] and (groups := find()):
@@ -196,7 +196,7 @@ class BackgroundSampler:
                     self.buffer.add_wait(time.monotonic() - start)
         return []
 
-    def _done(self, name: str) -> None:
+    def _set_idle(self, name: str) -> None:
         with self._changed:
             self._busy[name] = False
             self._changed.notify_all()

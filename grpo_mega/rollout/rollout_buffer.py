@@ -1,8 +1,8 @@
 """The buffer between an engine server that samples and a policy that trains: groups in progress and complete groups.
 
-`put` decides which scored groups are kept, `get` decides which groups are too old, and `metrics` counts both. A group
-that is open has a place in the buffer too, so the content of the buffer, which a checkpoint saves, and the number of
-prompts that were begun say which prompts were used. All methods may be called by any thread.
+`begin_step` drops groups that are too old, `put` replaces degenerate groups, `get` takes the groups of a step, and
+`metrics` counts what happened. Open groups are in the buffer too. The content of the buffer, which a checkpoint saves,
+and the number of prompts that were begun therefore say which prompts were used. Any thread may call any method.
 Asserted by tests/unit/rollout/test_rollout_buffer.py.
 """
 
@@ -24,9 +24,10 @@ class BufferLimits:
     Attributes:
         quota: groups that the shard gives to a step.
         group_size: rollouts of each group.
-        max_staleness: most updates between the weights of a group's oldest token and those of the step that uses it.
+        max_staleness: largest allowed number of updates between the weights of a group's oldest token and those of the
+            step that trains on it.
         updates_per_step: updates of a step.
-        max_discarded: most degenerate groups that are discarded between two steps; 0: they are kept.
+        max_discarded: number of degenerate groups that may be discarded between two steps; 0: all are kept.
     """
 
     quota: int
@@ -37,7 +38,7 @@ class BufferLimits:
 
     @property
     def steps_ahead(self) -> int:
-        """Steps by which sampling may be ahead of training."""
+        """Number of steps whose groups the buffer may hold while the policy trains."""
         return self.max_staleness // self.updates_per_step
 
 
@@ -46,7 +47,7 @@ class BufferMetrics:
     """Counts since the last call of `RolloutBuffer.metrics`.
 
     Attributes:
-        ready: complete and scored groups when the step took its groups.
+        ready: number of complete and scored groups when the step took its groups.
         dropped: groups that were dropped because of their age.
         discarded: degenerate groups that were replaced by others.
         wait_seconds: time for which the sampler had nothing to sample or was paused.
@@ -63,9 +64,9 @@ class TakenGroups:
     """Groups that a step trains on.
 
     Attributes:
-        numbers: of their prompts, in the order in which the groups were begun.
-        rollouts: by number * group_size + member.
-        rest: what the buffer holds without them, for a checkpoint of this step.
+        numbers: numbers of their prompts, in the order in which the groups were begun.
+        rollouts: their rollouts; the key is number * group_size + member.
+        rest: the other groups of the buffer, for the checkpoint of this step.
     """
 
     numbers: Sequence[int]
@@ -74,15 +75,15 @@ class TakenGroups:
 
 
 class RolloutBuffer:
-    """Groups of one prompt shard.
+    """The open and the complete groups of one prompt shard.
 
-    `changed` is notified after every change and guards all fields; a method that is called while it is held works too.
+    `changed` guards all fields and is notified after every change. Methods may be called by a thread that holds it.
 
     Args:
-        carried: groups and prompts to begin with.
+        carried: groups and prompts with which the buffer begins.
         limits: of the buffer.
-        prompt_of: returns the prompt of a number.
-        is_degenerate: True if the rewards of a group give no training signal.
+        prompt_of: returns the prompt with a number.
+        is_degenerate: returns True if the rewards of a group give no training signal.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class RolloutBuffer:
             self.changed.notify_all()
 
     def weights_changed(self) -> None:
-        """Note that the sampler has the weights of the next step: it may begin that many more groups."""
+        """Note that the servers have the weights of the next step: they may begin the groups of one step more."""
         with self.changed:
             self._is_training = False
             self.changed.notify_all()
@@ -127,7 +128,7 @@ class RolloutBuffer:
             return [group for group in self._carried.groups if not group.is_done]
 
     def continued(self, groups: Mapping[OpenGroup, OpenGroup]) -> None:
-        """Replace groups by their continuations; those of groups that were dropped meanwhile are discarded.
+        """Replace groups by their continuations; a continuation of a group that was dropped meanwhile is discarded.
 
         Args:
             groups: continuation of each group that was returned by `groups_to_sample`.
@@ -139,7 +140,7 @@ class RolloutBuffer:
             self.changed.notify_all()
 
     def groups_to_score(self) -> list[OpenGroup]:
-        """Return complete groups that were not returned before."""
+        """Return the complete groups that an earlier call has not returned."""
         with self.changed:
             known = self._scoring | self._scored.keys()
             found = [group for group in self._carried.groups if group.is_done and group not in known]
@@ -162,17 +163,17 @@ class RolloutBuffer:
             self.changed.notify_all()
 
     def requeue_scoring(self) -> None:
-        """Forget which groups are being scored, after a failure: they are returned by `groups_to_score` again."""
+        """Forget which groups are being scored, so that `groups_to_score` returns them again. Call after a failure."""
         with self.changed:
             self._scoring.clear()
 
     def is_ready(self) -> bool:
-        """Return True if `get` has the groups of a step."""
+        """Return True if enough groups for a step are complete and scored."""
         with self.changed:
             return self._quota().is_reached
 
     def get(self) -> TakenGroups:
-        """Take the groups of a step: the first that are complete and scored. `is_ready` must be True."""
+        """Remove and return the groups of a step: the first complete and scored ones. `is_ready` must be True."""
         with self.changed:
             quota, size = self._quota(), self._limits.group_size
             assert quota.is_reached, f"{len(self._scored)} scored groups, but a step needs {self._limits.quota}"

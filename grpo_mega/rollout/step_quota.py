@@ -1,4 +1,4 @@
-"""The groups that a prompt shard gives to a step out of those in progress, and the step that all shards give together.
+"""Chooses the groups that a prompt shard gives to a step, and gathers the step from all shards.
 
 Asserted by tests/unit/rollout/test_partial_sampler.py and tests/unit/rollout/test_rollout_buffer.py.
 """
@@ -18,15 +18,15 @@ from grpo_mega.types import Rollout
 
 
 class StepQuota:
-    """The groups that a shard gives to a step: the first `quota` that are complete.
+    """Choice of the groups that a shard gives to a step: the first `quota` groups that are complete.
 
-    Groups that must end have a place kept for them.
+    A group that the step must use has a reserved place: other groups cannot fill the quota before it is complete.
 
     Args:
-        groups: in progress, in the order in which they were begun.
-        quota: number of groups that the shard owes.
-        must_end: True for a group that the step must use.
-        is_complete: True for a group that can be used.
+        groups: groups in progress, in the order in which they were begun.
+        quota: number of groups that the shard gives to a step.
+        must_end: returns True for a group that the step must use.
+        is_complete: returns True for a group that can be used.
     """
 
     def __init__(
@@ -37,32 +37,32 @@ class StepQuota:
         is_complete: Callable[[OpenGroup], bool] = lambda group: group.is_done,
     ) -> None:
         self._groups, self._quota, self._is_complete = groups, quota, is_complete
-        self._kept = set([group for group in groups if must_end(group)][:quota])
+        self._reserved = set([group for group in groups if must_end(group)][:quota])
         self._used: dict[OpenGroup, None] = {}  # ordered
-        self._num_kept_open = len(self._kept)
+        self._num_reserved_open = len(self._reserved)
 
     @property
     def is_reached(self) -> bool:
-        """True if as many groups as the quota are used."""
+        """True if the number of chosen groups has reached the quota."""
         return len(self._used) >= self._quota
 
     def take_done(self) -> list[OpenGroup]:
-        """Use complete groups in their order; return those that were not used before."""
+        """Choose complete groups in their order, up to the quota; return those that this call has added."""
         new = []
         for group in self._groups:
             if self.is_reached:
                 break
             if group in self._used or not self._is_complete(group):
                 continue
-            is_kept = group in self._kept
-            if is_kept or self._quota - len(self._used) > self._num_kept_open:
+            is_reserved = group in self._reserved
+            if is_reserved or self._quota - len(self._used) > self._num_reserved_open:
                 self._used[group] = None
-                self._num_kept_open -= is_kept
+                self._num_reserved_open -= is_reserved
                 new.append(group)
         return new
 
     def groups(self) -> list[OpenGroup]:
-        """Return the groups that are used, in the order in which they were begun."""
+        """Return the chosen groups, in the order in which they were begun."""
         return [group for group in self._groups if group in self._used]
 
     def open_rollouts(self) -> list[OpenRollout]:
@@ -71,7 +71,7 @@ class StepQuota:
 
 
 def positions_of_shards(quotas: NDArray[np.int64]) -> list[list[int]]:
-    """Return the positions of each shard's groups in a step: the shards take turns until their quotas are used.
+    """Return the positions of each shard's groups in a step: one group of each shard in turn, until none is left.
 
     Args:
         quotas: [S] groups of each shard.
@@ -91,15 +91,16 @@ def gather_step(
     prompt_of: PromptOf,
     component_names: Sequence[str],
 ) -> SampledGroups:
-    """Return the step of all shards. Collective.
+    """Gather the groups of all shards into one step. Collective.
 
     Args:
-        used: numbers of the prompts of this shard's groups, in their order; not read on ranks without rollouts.
-        rollouts: this shard's rollouts by number * group_size + member; empty on all ranks of the shard but the first.
+        used: prompt numbers of this shard's groups, in their order; not read on ranks without rollouts.
+        rollouts: this shard's rollouts, with the key number * group_size + member; empty on all ranks of the shard but
+            the first.
         quotas: [S] groups of each shard.
         group_size: rollouts of each group.
         collectives: of this rank.
-        prompt_of: returns the prompt of a number.
+        prompt_of: returns the prompt with a number.
         component_names: names of all reward terms, in the order of the config.
     """
     at = collectives.ranks.at

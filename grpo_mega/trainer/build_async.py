@@ -35,7 +35,7 @@ _LONGEST_BEAT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class BackgroundGenerator:
-    """Sampler on the server of this rank, without other ranks. `cancelled` ends a call with an error."""
+    """Samples on this rank's server without the other ranks. Setting `cancelled` ends a call with an error."""
 
     engine: RebuildableEngine
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -61,13 +61,13 @@ def make_async_sampler(
     model_folder: Path,
     answers: AnswerTimes,
 ) -> AsyncSampler:
-    """Build the sampler, which scores as `sampler` does.
+    """Build the sampler of training rollouts, which scores with the reward workers of `sampler`.
 
     Args:
         config: sections sampling, train, algorithm, engine, data and guard.
         engine: of this rank.
         environments: environment workers of this rank.
-        sampler: of this rank, for evaluations.
+        sampler: sampler of this rank for evaluations.
         dialogue: generator of rollouts with several turns; None: rollouts have one answer.
         prompts: training prompts.
         timers: timer of the phase `reward`.
@@ -117,7 +117,7 @@ def make_async_sampler(
 
 
 def background_of(groups: GroupSource, stack: ExitStack) -> AsyncSampler | None:
-    """Return the sampler that samples while the policy trains, if there is one; `stack` ends it before the engine."""
+    """Return the sampler of a run that samples during training, or None; `stack` closes it before the engine."""
     if not isinstance(groups.partial, AsyncSampler):
         return None
     stack.callback(groups.partial.close)

@@ -1,1 +1,1 @@
-"""Simulates steps of a run with given lengths of answers: synchronous, partial and asynchronous, by discrete events."""
+"""Discrete-event simulation of the steps of a run with given lengths of answers: synchronous, partial, asynchronous."""

@@ -1,16 +1,16 @@
-"""Bounded asynchrony: engine servers sample while the policy trains, and never wait for a whole batch.
+"""Simulates engine servers that sample while the policy trains (`train.max_staleness`).
 
-- Each server samples a prompt shard, and its complete groups enter a buffer. The policy takes the quota of each shard:
-  of the complete groups those that were begun first, without those that have a token of more than `max_staleness`
-  versions ago. The prompts of these are sampled again.
+- Each server samples a prompt shard, and its complete groups enter a buffer. A step takes from each shard its quota of
+  complete groups, those that were begun first. Groups with a token that is more than `max_staleness` versions old are
+  dropped, and their prompts are sampled again.
 - While the policy trains on step k, groups are begun up to those of step k + `max_staleness` / updates of a step.
-- After each step the weights are pushed between two decode steps. The servers pause for the sync, compute the cache of
-  their running rollouts again with the new weights, and continue.
+- After each step the servers receive the new weights between two decode steps. They pause for the sync, compute the KV
+  cache of their running rollouts again with the new weights, and continue.
 
-Differs from docs/asynchrony.md: there are no slices, so places of short answers are never empty and a pause can begin
-after any decode step; and no step waits for a group that was begun a second time.
+It differs from docs/asynchrony.md in two ways. There are no slices: another rollout takes the place of a complete one
+at once, and a pause can begin after any decode step. And no step waits for a group that was begun a second time.
 
-Events are ends of rollouts, ends of steps of the policy, and pushes. Asserted by
+Events are ends of rollouts, ends of steps of the policy, and weight syncs. Asserted by
 tests/unit/planner/simulation/test_asynchronous.py.
 """
 
@@ -28,10 +28,10 @@ from grpo_mega.planner.simulation.workload import SimulatedJob, SimulatedMode
 
 @dataclass(eq=False)
 class _Group:
-    """A prompt whose answers are sampled.
+    """A group of a prompt shard.
 
     Attributes:
-        number: place in the order in which the groups of the shard were begun.
+        number: position in the order in which the groups of the shard were begun.
         lengths: tokens of each rollout.
         num_open: rollouts that are not complete.
         versions: sum of the versions of the sampled tokens.
@@ -61,21 +61,25 @@ class _Group:
 
 @dataclass
 class _Server:
-    """An engine with the decode steps that it has made and its rollouts.
+    """State of an engine server.
 
     Attributes:
-        cost: seconds of its work.
-        prompt_tokens: of every prompt.
+        cost: times of its engine.
+        prompt_tokens: tokens of every prompt.
         quota: groups that its shard gives to a step.
-        time: until which it is simulated, in seconds.
-        busy: seconds in which it computed.
+        time: time up to which it is simulated, in seconds.
+        busy: time in which it computed or received weights, in seconds.
         steps: decode steps so far.
-        running: heap of (decode step of the end, number, group); each also in `marks`.
-        marks: number -> decode step up to which the versions of a running rollout are counted.
-        cached: tokens in the cache.
-        waiting: rollouts (group, length) that wait for a place.
+        sampled: tokens sampled so far.
+        running: heap of (decode step in which the rollout ends, number of the rollout, its group, its length).
+        marks: number of a running rollout -> decode step up to which the versions of its tokens are counted.
+        cached: tokens in the KV cache.
+        waiting: rollouts (group, length) that wait until fewer than `max_running` rollouts run.
         ready: complete groups that no step has taken.
         again: dropped groups whose prompts are sampled next.
+        num_rollouts: rollouts started so far.
+        num_groups: groups begun so far, with those of dropped prompts.
+        num_taken: new prompts begun so far.
     """
 
     cost: EngineCost
@@ -96,7 +100,7 @@ class _Server:
     num_taken: int = 0
 
     def begin(self, lengths: list[list[int]]) -> None:
-        """Let the dropped groups and new groups with these lengths wait for places."""
+        """Append to `waiting` the dropped groups, and then new groups with these lengths."""
         self.num_taken += len(lengths)
         for row, is_second in [*((group.lengths, True) for group in self.again), *((row, False) for row in lengths)]:
             group = _Group(self.num_groups, row, len(row), is_second=is_second)
@@ -112,13 +116,13 @@ class _Server:
         return len(old)
 
     def take(self) -> list[_Group]:
-        """Return the groups of a step: of those that are ready the first that were begun."""
+        """Remove and return the groups of a step: the ready groups that were begun first."""
         self.ready.sort(key=lambda group: group.number)
         taken, self.ready = self.ready[: self.quota], self.ready[self.quota :]
         return taken
 
     def admit(self) -> None:
-        """Begin waiting rollouts while there are places; the first of a group computes the prompt."""
+        """Start waiting rollouts, up to `max_running`; the prompt of a group is computed for its first rollout."""
         computed = 0
         while self.waiting and len(self.running) < self.cost.max_running:
             group, length = self.waiting.popleft()
@@ -132,13 +136,13 @@ class _Server:
         self._work(computed * self.cost.prefill_token)
 
     def next_event(self) -> float:
-        """Return the time of the next end of a rollout; infinity if none runs."""
+        """Return the time at which the next rollout ends; infinity if none runs."""
         if not self.running:
             return float("inf")
         return self.time + self.cost.decode(len(self.running), self.cached, self.running[0][0] - self.steps)
 
     def advance(self, until: float, version: int) -> None:
-        """Make decode steps until the time is reached; the last may end later.
+        """Simulate decode steps until the time `until` is reached; the last one may end later.
 
         No rollout may end before the last of these steps.
         """
@@ -150,12 +154,12 @@ class _Server:
         self._end_rollouts(version)
 
     def finish_rollouts(self, version: int) -> None:
-        """Make the decode steps up to the next end of a rollout."""
+        """Simulate the decode steps up to the next end of a rollout."""
         self._decode(self.running[0][0] - self.steps)
         self._end_rollouts(version)
 
     def _end_rollouts(self, version: int) -> None:
-        """Remove the rollouts that have all of their tokens, and begin others."""
+        """Remove the rollouts that are complete, and start waiting ones."""
         while self.running and self.running[0][0] == self.steps:
             _, number, group, length = heapq.heappop(self.running)
             group.count(self.steps - self.marks.pop(number), version)
@@ -166,7 +170,7 @@ class _Server:
         self.admit()
 
     def push(self, version: int, pause: float) -> None:
-        """Take new weights: count the tokens of the old `version`, pause, and compute the cache again."""
+        """Receive new weights: count the tokens of the old `version`, pause, and compute the KV cache again."""
         for _, number, group, _ in self.running:
             group.count(self.steps - self.marks[number], version)
             self.marks[number] = self.steps
@@ -189,12 +193,12 @@ class _Server:
 
 
 class AsynchronousRun:
-    """A simulated run.
+    """Simulated run of a policy and its engine servers.
 
     Args:
-        job: the job; its shards are the servers.
-        max_staleness: most updates between the weights of a trained token and the policy's.
-        seed: of the lengths.
+        job: the job; each of its shards has one server.
+        max_staleness: largest allowed number of updates between the weights of a trained token and the policy's.
+        seed: seed of the lengths.
     """
 
     def __init__(self, job: SimulatedJob, max_staleness: int, seed: int) -> None:
@@ -207,11 +211,11 @@ class AsynchronousRun:
         self.ages: list[tuple[int, int]] = []
 
     def run(self, num_steps: int, warm_steps: int) -> SimulatedMode:
-        """Simulate steps; return the mean values of those after the first ones.
+        """Simulate steps; return the mean values of the steps after the warm-up.
 
         Args:
-            num_steps: steps that count.
-            warm_steps: steps before them.
+            num_steps: number of steps in the means.
+            warm_steps: number of warm-up steps before them.
         """
         waited = busy = 0.0
         measured = (0.0, 0.0, 0, 0, 0)
@@ -258,7 +262,7 @@ class AsynchronousRun:
         )
 
     def _begin_groups(self) -> None:
-        """Begin the groups that the bound allows, and those of dropped prompts."""
+        """Begin as many groups as `max_staleness` allows, and the groups of dropped prompts."""
         job = self._job
         for server in self._servers:
             allowed = (self._step + 1 + self._ahead) * server.quota
@@ -269,7 +273,7 @@ class AsynchronousRun:
                 server.admit()
 
     def _wait_for_groups(self) -> float:
-        """Simulate the servers until all have the groups of a step; return the seconds that the policy waits."""
+        """Simulate the servers until each has the groups of a step; return the seconds for which the policy waits."""
         begin = self._time
         while True:
             self._drop_old_groups()
@@ -278,14 +282,14 @@ class AsynchronousRun:
             self._time = max(self._time, self._next_end())
 
     def _next_end(self) -> float:
-        """Simulate the next end of a rollout; return its time."""
+        """Simulate up to the next end of a rollout; return its time."""
         server = min(self._servers, key=_Server.next_event)
         assert server.running, "no rollout runs, and a shard lacks groups"
         server.finish_rollouts(self._version)
         return server.time
 
     def _drop_old_groups(self) -> None:
-        """Drop ready groups that are too old, and begin them again."""
+        """Drop ready groups that are too old, and begin groups of their prompts again."""
         dropped = sum(server.drop(self._version - self._max_staleness) for server in self._servers)
         self._dropped += dropped
         if dropped:
@@ -299,7 +303,7 @@ class AsynchronousRun:
         self.ages.append((age, oldest))
 
     def _train(self, lengths: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
-        """Simulate the servers while the policy trains, and push the weights."""
+        """Simulate the servers while the policy trains, and the weight sync after it."""
         seconds = self._job.policy_seconds(lengths)
         pause = self._job.policy.sync
         end = self._time + seconds - pause

@@ -18,8 +18,8 @@ from grpo_mega.planner.simulation.workload import SimulatedJob, SimulatedMode, c
 OVERSUBMITS = (1.25, 1.5, 2.0, 3.0, 4.0)
 STEPS, WARM_STEPS = 24, 8
 STALENESS_STEPS = (1, 2, 4)
-"""Bounds of asynchrony that are simulated, in steps."""
-_CLOSE = 1.01  # a smaller setting is preferred if it is at most 1% slower
+"""Values of `train.max_staleness` that are simulated, in steps."""
+_MOST_SLOWDOWN = 1.01  # a smaller `oversubmit` is preferred if its steps are at most 1% slower
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Simulation:
     """The simulated modes of a run.
 
     Attributes:
-        lengths: of the answers.
+        lengths: lengths of the answers.
         synchronous: the run without `sampling.partial`.
-        partial: `oversubmit` -> the run with it; empty with engine servers.
-        asynchronous: all splits of the devices that fit, with each bound of staleness.
-        notes: why modes are missing.
+        partial: `oversubmit` -> the run with this value; empty with engine servers.
+        asynchronous: the run for each split of the devices that fits, with each bound of staleness.
+        notes: reasons for modes that are missing.
     """
 
     lengths: AnswerLengths
@@ -42,9 +42,9 @@ class Simulation:
 
     @property
     def best_oversubmit(self) -> float | None:
-        """The smallest `oversubmit` that is at most 1% slower than the fastest; None if no one is simulated."""
+        """Smallest `oversubmit` whose steps are at most 1% slower than the fastest; None if there are none."""
         fastest = min((mode.step_seconds for mode in self.partial.values()), default=0.0)
-        near = (value for value, mode in self.partial.items() if mode.step_seconds <= _CLOSE * fastest)
+        near = (value for value, mode in self.partial.items() if mode.step_seconds <= _MOST_SLOWDOWN * fastest)
         return min(near, default=None)
 
     @property
@@ -54,7 +54,7 @@ class Simulation:
 
     @property
     def _rows(self) -> list[SimulatedMode]:
-        """The synchronous run, all partial ones, and of each bound of staleness the fastest split."""
+        """Rows of the table: the synchronous run, all partial runs, and the fastest split for each `max_staleness`."""
         fastest: dict[str, SimulatedMode] = {}
         for mode in self.asynchronous:
             if mode.name not in fastest or mode.step_seconds < fastest[mode.name].step_seconds:
@@ -94,7 +94,7 @@ class Simulation:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `tools/plan.py --lengths ... --json` prints under `simulation`."""
+        """Return the object that `grpo-mega plan --lengths ... --json` prints under `simulation`."""
         split = self.best_split
         return {
             "lengths": {"source": self.lengths.name, **vars(self.lengths.summary())},
@@ -110,7 +110,7 @@ class Simulation:
 def simulate_colocated(
     job: SimulatedJob, settings: Sequence[PartialSettings], seed: int = 0
 ) -> tuple[SimulatedMode, dict[float, SimulatedMode]]:
-    """Return the synchronous steps and those with partial rollouts, by `oversubmit`."""
+    """Simulate synchronous steps, and steps with partial rollouts for each of the settings (`oversubmit` -> result)."""
     synchronous = colocated_mode(job, "synchronous", simulate_synchronous(job, STEPS, seed))
     partial = {
         each.oversubmit: colocated_mode(
@@ -124,5 +124,5 @@ def simulate_colocated(
 
 
 def simulate_asynchronous(job: SimulatedJob, bounds: Sequence[int], seed: int = 0) -> list[SimulatedMode]:
-    """Return the asynchronous runs of a split of the devices, one for each `train.max_staleness` of `bounds`."""
+    """Simulate a split of the devices with each `train.max_staleness` of `bounds`."""
     return [AsynchronousRun(job, bound, seed).run(STEPS, WARM_STEPS) for bound in bounds]

@@ -1,4 +1,4 @@
-"""Seconds of the parts of a simulated step: the decode steps and prompts of an engine, and the update of the policy.
+"""Times of the parts of a simulated step: prefill and decode steps of an engine, and the work of the policy.
 
 Asserted by tests/unit/planner/simulation/test_costs.py.
 """
@@ -18,17 +18,17 @@ from grpo_mega.planner.step_time import StepTime, token_cost
 
 @dataclass(frozen=True)
 class EngineCost:
-    """Seconds of the work of the engine of one prompt shard.
+    """Times of the engine of one prompt shard, in seconds. Element n of an array is for n running rollouts.
 
     Attributes:
-        read: [N + 1] seconds in which a decode step with n running rollouts reads the weights, N = `max_running`.
-        compute: [N + 1] seconds of its matrix products, which overlap with the reading.
-        other: [N + 1] seconds of the rest of the step.
-        cached_token: seconds in which it reads one token of the cache.
-        prefill_token: seconds in which one token of a prompt is computed.
-        call: seconds of one call of the engine beside its steps.
-        submitted_rollout: seconds of each rollout of a call.
-        recomputed_tokens: tokens of a rollout that a call computes again although the cache has its sequence.
+        read: [N + 1] time in which a decode step reads the weights; N = `max_running`.
+        compute: [N + 1] time of its matrix products, which overlap with the reading.
+        other: [N + 1] time of the rest of the decode step.
+        cached_token: time in which a decode step reads one token of the KV cache.
+        prefill_token: time in which one token of a prompt is computed.
+        call: time of one call of the engine, without its decode steps and prefill.
+        submitted_rollout: time that each rollout adds to a call.
+        recomputed_tokens: tokens of a rollout that a call computes again although the KV cache has its sequence.
     """
 
     read: Sequence[float]
@@ -46,15 +46,15 @@ class EngineCost:
         return len(self.read) - 1
 
     def decode(self, running: int, cached: float, steps: int) -> float:
-        """Return the seconds of decode steps between two events: the running rollouts are the same.
+        """Return the seconds of successive decode steps with the same running rollouts.
 
         Step i reads `cached` + i x `running` tokens and takes max(memory_i, compute) + other. memory_i grows with i,
         so the first steps are bound by computing and the others by reading.
 
         Args:
-            running: rollouts.
+            running: number of running rollouts.
             cached: tokens in the cache at the first of the steps.
-            steps: decode steps.
+            steps: number of decode steps.
         """
         first = self.read[running] + self.cached_token * cached
         growth = self.cached_token * running
@@ -71,12 +71,12 @@ class EngineCost:
         )
 
     def steps_until(self, running: int, cached: float, seconds: float, most: int) -> int:
-        """Return the decode steps after which at least `seconds` have passed; `most` if so many take less time.
+        """Return the smallest number of decode steps that take at least `seconds`, or `most` if it is smaller.
 
         Args:
-            running: rollouts.
+            running: number of running rollouts.
             cached: tokens in the cache at the first of the steps.
-            seconds: to pass.
+            seconds: time that the steps must take.
             most: decode steps up to the next event.
         """
         low, high = 0, most
@@ -90,12 +90,12 @@ class EngineCost:
 
     @classmethod
     def planned(cls, inputs: PlanInputs, engine: EngineMemory, mean_tokens: float) -> EngineCost:
-        """Return the planner's seconds (planner/rollout_time.py).
+        """Return the times that the planner assumes (planner/rollout_time.py).
 
         Args:
             inputs: the run.
-            engine: its engine's memory.
-            mean_tokens: mean tokens of a rollout, with its prompt.
+            engine: memory of its engine.
+            mean_tokens: mean tokens of a rollout, including its prompt.
         """
         cost = token_cost(inputs.spec, mean_tokens)
         limit = int(running_limit(inputs, engine, mean_tokens))
@@ -113,10 +113,10 @@ class EngineCost:
 
 @dataclass(frozen=True)
 class PolicyCost:
-    """Seconds of a step outside of sampling: fixed + per_token x T + per_square x the sum of the squared lengths.
+    """Seconds of a step without sampling: fixed + per_token x T + per_square x the sum of the squared lengths.
 
-    T and the squares are of whole rollouts, prompt and completion, in tokens. `sync` is the part of `fixed` in which
-    the engines get the weights.
+    A length is that of a whole rollout, prompt and completion, in tokens; T is the sum of the lengths. `sync` is the
+    part of `fixed` in which the engines receive the weights.
     """
 
     fixed: float
@@ -130,9 +130,9 @@ class PolicyCost:
 
     @classmethod
     def planned(cls, inputs: PlanInputs, time: StepTime) -> PolicyCost:
-        """Return the planner's seconds: log-probs and training grow with the operations, the rest is fixed.
+        """Return the planner's times: log-probs and training grow with the operations, the rest is fixed.
 
-        The operations of attention are divided by the squares of the planned lengths, as without sliding windows.
+        The operations of attention are taken as proportional to the squared lengths, as without sliding windows.
         """
         phases, work = time.phases, inputs.workload
         scaled = sum(phases.get(name, 0.0) for name in ("log_probs", "train", "value"))

@@ -1,4 +1,4 @@
-"""Lengths of answers that a simulation draws: of recorded rollouts, or a log-normal distribution.
+"""Draws lengths of answers for a simulation, from recorded rollouts or a log-normal distribution.
 
 Asserted by tests/unit/planner/simulation/test_lengths.py.
 """
@@ -22,12 +22,12 @@ class AnswerLengths:
     """A source of lengths of whole groups.
 
     Attributes:
-        name: of the source, as `--lengths` names it.
+        name: name of the source in `--lengths`.
         max_tokens: `sampling.max_tokens`; longer answers are cut there.
-        prompts: for recorded lengths, those of one prompt per entry. An answer's length depends on its prompt, and the
-            longest of a group decides when it is complete, so a group is drawn from one entry.
-        mean_log: mu of a log-normal distribution; used if `prompts` is empty.
-        sigma: its sigma.
+        prompts: recorded lengths; an entry has the lengths of the answers to one prompt. An answer's length depends on
+            its prompt, and a group is complete when its longest answer is, so a group is drawn from one entry.
+        mean_log: MU of the log-normal distribution, which is used if `prompts` is empty.
+        sigma: SIGMA of the log-normal distribution.
     """
 
     name: str
@@ -53,7 +53,7 @@ class AnswerLengths:
         return np.clip(np.array(rows, dtype=np.int64).reshape(num_groups, group_size), 1, self.max_tokens)
 
     def summary(self, seed: int = 0) -> LengthSummary:
-        """Return mean and quantiles; of the recorded lengths, or of a large sample."""
+        """Return the mean and the quantiles of the recorded lengths, or of a large sample of the distribution."""
         if self.prompts:
             known = np.concatenate(self.prompts)
             return LengthSummary.of(np.clip(known, 1, self.max_tokens), self.max_tokens)
@@ -62,7 +62,7 @@ class AnswerLengths:
 
 @dataclass(frozen=True)
 class LengthSummary:
-    """Mean and quantiles of lengths in tokens, and the fraction that has `sampling.max_tokens`."""
+    """Mean and quantiles of lengths in tokens, and the fraction that is cut at `sampling.max_tokens`."""
 
     mean: float
     p50: float
@@ -80,7 +80,7 @@ def lognormal_lengths(text: str, max_tokens: int) -> AnswerLengths:
     """Return the source of `lognormal:MU,SIGMA`: the logarithm of a length has mean MU and standard deviation SIGMA.
 
     Raises:
-        UserError: MU or SIGMA is not a number that is possible.
+        UserError: MU or SIGMA is not a number, or is out of range.
     """
     parts = text.removeprefix(LOGNORMAL).split(",")
     try:
@@ -99,7 +99,7 @@ def lognormal_lengths(text: str, max_tokens: int) -> AnswerLengths:
 def text_lengths(name: str, text: str, max_tokens: int) -> AnswerLengths:
     """Return the source of a text file: a length in tokens per line, or the lengths of one prompt's answers per line.
 
-    If every line has one length, all lengths are of one source, and the answers of a group are independent.
+    If every line has a single length, the answers of a group are drawn independently from all lines.
 
     Args:
         name: of the file.
@@ -128,7 +128,7 @@ def recorded_lengths(name: str, rows: Sequence[NDArray[np.int64]], max_tokens: i
 
     Args:
         name: of the source.
-        rows: [N] lengths of the N answers to one prompt, per prompt.
+        rows: for each prompt, [N] lengths of its N answers.
         max_tokens: `sampling.max_tokens`.
 
     Raises:

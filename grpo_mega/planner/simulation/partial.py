@@ -1,6 +1,6 @@
-"""Partial rollouts: slices, quotas, carried groups and dropped groups as in rollout/partial_sampler.py.
+"""Simulates partial rollouts: slices, quotas, carried groups and dropped groups as in rollout/partial_sampler.py.
 
-A slice has no events but the ends of its rollouts. Its seconds are those of decode steps that all begin together.
+All rollouts of a slice begin in its first decode step, so its only events are the ends of rollouts.
 Asserted by tests/unit/planner/simulation/test_partial.py.
 """
 
@@ -18,7 +18,7 @@ from grpo_mega.planner.simulation.workload import SampledStep, SimulatedJob
 
 @dataclass(frozen=True)
 class PartialSettings:
-    """The keys of `sampling.partial`, with every default replaced."""
+    """The keys of `sampling.partial`, with a value for each of them."""
 
     oversubmit: float
     slice_tokens: int
@@ -30,10 +30,10 @@ class _OpenGroups:
     """Groups of a shard in the order in which they were begun: N groups of G rollouts.
 
     Attributes:
-        lengths: [N, G] tokens that each rollout will have.
-        sampled: [N, G] tokens that it has.
+        lengths: [N, G] tokens that each rollout will have when it is complete.
+        sampled: [N, G] tokens that each rollout has now.
         versions: [N, G] sum of the policy versions of these tokens.
-        oldest: [N] version of the oldest token; a large number before the first token.
+        oldest: [N] version of the oldest token; `NOT_BEGUN` before the first token.
         is_second: [N] bool, the group was dropped before.
     """
 
@@ -114,7 +114,7 @@ class PartialShard:
         return SampledStep(seconds, seconds, num_steps, num_tokens, trained.lengths.ravel(), ages, oldest, dropped)
 
     def _fill(self, version: int) -> int:
-        """Drop groups that are too old, begin others, and return the number of those dropped."""
+        """Drop groups that are too old, begin new ones, and return the number of dropped groups."""
         groups, job = self._groups, self._job
         is_old = ~groups.is_second & (groups.oldest < version - self._settings.max_staleness)
         again = _OpenGroups.new(groups.lengths[is_old], is_second=True)
@@ -125,14 +125,14 @@ class PartialShard:
         return int(is_old.sum())
 
     def _use_done(self, used: NDArray[np.bool_], must_end: NDArray[np.bool_]) -> None:
-        """Use complete groups in their order; groups that must end have places kept for them."""
+        """Use complete groups in their order, and keep a place for each group that the step must use."""
         for i in np.flatnonzero(self._groups.is_done & ~used).tolist():
             free = self._quota - int(used.sum())
             if free > 0 and (must_end[i] or free > int((must_end & ~used).sum())):
                 used[i] = True
 
     def _slice_seconds(self, running: NDArray[np.int64], steps: NDArray[np.int64], cached: NDArray[np.bool_]) -> float:
-        """Return the seconds of one slice; `cached` marks the rollouts that the cache has, and is changed."""
+        """Return the seconds of one slice; `cached` marks the rollouts in the KV cache, and is updated."""
         job, cost, groups = self._job, self._job.engine, self._groups
         sampled = groups.sampled.ravel()[running]
         is_cached = cached.ravel()[running]
@@ -147,13 +147,13 @@ class PartialShard:
 
 
 def simulate_partial(job: SimulatedJob, settings: PartialSettings, num_steps: int, seed: int) -> list[SampledStep]:
-    """Return steps with partial rollouts, beginning without carried groups.
+    """Simulate steps with partial rollouts; the first step has no carried groups.
 
     Args:
         job: the job.
         settings: of partial rollouts.
-        num_steps: steps, of which the first have short answers only.
-        seed: of the lengths.
+        num_steps: number of steps. The first ones train on short answers only, because long ones are still open.
+        seed: seed of the lengths.
     """
     rng = np.random.default_rng(seed)
     shards = [PartialShard(job, settings, quota, rng) for quota in job.quotas]

@@ -1,7 +1,7 @@
 """Synchronous steps: every engine samples the groups of its prompt shard, and the step waits for the last rollout.
 
-An engine runs at most `max_running` rollouts. A waiting rollout begins with the decode step after the end of another.
-Events are starts and ends of rollouts; the seconds between two of them have a closed form (costs.py).
+An engine runs at most `max_running` rollouts. A waiting rollout begins in the decode step after another one has ended.
+Events are starts and ends of rollouts; the time between two events has a closed form (costs.py).
 Asserted by tests/unit/planner/simulation/test_synchronous.py.
 """
 
@@ -17,10 +17,10 @@ from grpo_mega.planner.simulation.workload import SampledStep, SimulatedJob
 
 
 def first_steps(lengths: NDArray[np.int64], max_running: int) -> NDArray[np.int64]:
-    """Return the decode step in which each rollout begins, if they begin in their order.
+    """Return the decode step in which each rollout begins; rollouts begin in the given order.
 
     Args:
-        lengths: [R] tokens of each rollout; it samples one per decode step.
+        lengths: [R] tokens of each rollout; a rollout samples one token per decode step.
         max_running: most rollouts that run at the same time.
 
     Returns:
@@ -45,8 +45,8 @@ def decode_seconds(
     Args:
         cost: of the engine.
         starts: [R] decode step in which each rollout begins.
-        lengths: [R] tokens that it samples.
-        contexts: [R] its tokens before them.
+        lengths: [R] tokens that each rollout samples.
+        contexts: [R] tokens that each rollout has before the first of them, with its prompt.
     """
     ends = starts + lengths
     events = np.unique(np.concatenate([starts, ends]))
@@ -69,7 +69,7 @@ def _sums_until(
 
 
 def simulate_synchronous(job: SimulatedJob, num_steps: int, seed: int) -> list[SampledStep]:
-    """Return synchronous steps, each with new groups."""
+    """Simulate synchronous steps, each with new groups."""
     rng = np.random.default_rng(seed)
     return [_sample(job, rng) for _ in range(num_steps)]
 

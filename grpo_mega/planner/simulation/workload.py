@@ -1,4 +1,4 @@
-"""The job that is simulated, and the result of a simulation."""
+"""The simulated job, and the results of a simulation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class SimulatedJob:
         prompt_tokens: tokens of every prompt.
         prompts_per_step: groups of a step.
         group_size: rollouts of a group.
-        updates_per_step: policy versions of a step.
-        num_shards: engines, each with a prompt shard.
-        engine: seconds of one of them.
-        policy: seconds of the policy.
+        updates_per_step: updates of a step.
+        num_shards: number of engines, each with a prompt shard.
+        engine: times of one engine.
+        policy: times of the policy.
         policy_devices: devices of the policy.
         server_devices: devices of engine servers; 0: the engines use those of the policy.
     """
@@ -62,13 +62,13 @@ class SampledStep:
     """The sampling of one step.
 
     Attributes:
-        seconds: of the slowest shard.
-        busy_seconds: mean over the shards.
+        seconds: sampling time of the slowest shard.
+        busy_seconds: sampling time, mean over the shards.
         decode_steps: decode steps of all shards.
         sampled_tokens: tokens that these steps sampled.
         lengths: [B] completion tokens of the trained rollouts.
-        token_ages: sum over the trained tokens of their age in policy versions.
-        oldest: age of the oldest trained token.
+        token_ages: sum of the ages of the trained tokens, in updates.
+        oldest: age of the oldest trained token, in updates.
         dropped_groups: groups that were too old.
     """
 
@@ -96,7 +96,7 @@ class SimulatedMode:
         running: rollouts that an engine runs in a decode step, mean over its decode steps.
         tokens_per_step: trained tokens of a step, prompts and completions.
         staleness_mean: mean age of a trained token, in updates.
-        staleness_max: age of the oldest.
+        staleness_max: age of the oldest trained token, in updates.
         dropped_groups: groups per step that became too old and were sampled again.
     """
 
@@ -131,8 +131,8 @@ class SimulatedMode:
 def colocated_mode(job: SimulatedJob, name: str, steps: Sequence[SampledStep]) -> SimulatedMode:
     """Return the mean values of steps in which sampling and training alternate.
 
-    Devices of the policy that are also the engines' wait during sampling for the slowest engine. With servers each
-    side waits while the other works.
+    If policy and engines share devices, the devices wait for the slowest engine during sampling. With servers, each
+    side waits while the other side works.
     """
     policy = np.array([job.policy_seconds(step.lengths) for step in steps])
     sampling = np.array([step.seconds for step in steps])
