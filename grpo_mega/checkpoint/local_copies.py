@@ -1,10 +1,14 @@
 """Checkpoints on the disks, or in the memory, of the machines of a job (`checkpoint.local_every`).
 
-Each rank writes its files into the folder of its own machine, with the writer, the comparison with the live state and
-the manifest of every checkpoint (manager.py). They survive killed processes, and not the loss of a machine. When a run
-continues, the newest one that all machines together hold, whole and newer than the newest checkpoint of the run folder,
-is copied into the run folder; the run then continues from it as from any checkpoint. Otherwise the log says why not.
-The folder of a run is named by a number in the run folder: another run in the same place never finds it.
+Each rank writes its files into the folder of its own machine. Writer, manifest and comparison with the live state are
+those of every checkpoint (manager.py). Local checkpoints survive if processes are killed, but not if a machine is lost.
+
+When a run continues, it uses the newest local checkpoint that is newer than those of the run folder and of which the
+machines together hold all files. Its files are copied into the run folder, and the run continues from there as from any
+checkpoint. If a local checkpoint cannot be used, the log has the reason.
+
+The name of a run's local folder is a random number, which is stored in the run folder. A later run in the same run
+folder has another number, so it never finds the checkpoints of an earlier run.
 Asserted by tests/parallel/test_local_copies.py and tests/e2e/test_local_checkpoints.py.
 """
 
@@ -57,8 +61,14 @@ class LocalSaves:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """The part of a local checkpoint on one machine: digest of its manifest, files that are whole, and what is not."""
+class _LocalPart:
+    """The part of a local checkpoint that one machine holds.
+
+    Attributes:
+        manifest: digest of its manifest.
+        whole: names of the files that are present and equal the manifest.
+        problem: why the part cannot be used; empty if it can.
+    """
 
     manifest: str
     whole: frozenset[str]
@@ -67,10 +77,10 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Machine:
-    """Local checkpoints of one machine, by step. Empty on ranks that do not lead a machine."""
+    """Local checkpoints of one machine; `parts` has them by step. Empty on ranks that do not lead a machine."""
 
     name: str = ""
-    held: dict[int, _Held] = field(default_factory=dict)
+    parts: dict[int, _LocalPart] = field(default_factory=dict)
 
 
 def leads_machine() -> bool:
@@ -79,7 +89,7 @@ def leads_machine() -> bool:
 
 
 def open_local_folder(local_dir: Path, run: RunFolder, ranks: Ranks, *, leads: bool) -> Path:
-    """Return the folder of a run's local checkpoints, and remove those of earlier runs in its place. Collective.
+    """Return the folder of a run's local checkpoints, and remove those of earlier runs in this run folder. Collective.
 
     Args:
         local_dir: `checkpoint.local_dir`.
@@ -88,15 +98,16 @@ def open_local_folder(local_dir: Path, run: RunFolder, ranks: Ranks, *, leads: b
         leads: True on the first rank of each machine.
 
     Raises:
-        RuntimeError: on every rank, if a folder cannot be made (names rank and folder).
+        RuntimeError: on every rank, if a folder cannot be made, or is the same on several machines (names rank and
+            folder).
     """
 
-    def number() -> str:
+    def read_or_make_number() -> str:
         if not run.local_id.exists():
             run.local_id.write_text(secrets.token_hex(8), encoding="utf-8")
         return run.local_id.read_text(encoding="utf-8")
 
-    folder = local_folder(local_dir, run, agreed(number, ranks))
+    folder = local_folder(local_dir, run, agreed(read_or_make_number, ranks))
 
     def act(action: Callable[[], None]) -> None:
         failure = ""
@@ -135,18 +146,18 @@ def open_local_folder(local_dir: Path, run: RunFolder, ranks: Ranks, *, leads: b
 
 
 def local_folder(local_dir: Path, run: RunFolder, number: str) -> Path:
-    """Return the folder of the run with this number; those of one run folder have the same parent."""
+    """Return the local folder of the run with this number. All runs of one run folder have the same parent folder."""
     place = xxhash.xxh3_64_hexdigest(os.fsencode(run.path.absolute()))
     return local_dir / f"{run.path.name}-{place}" / number
 
 
 def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, leads: bool) -> None:
-    """Copy the newest whole local checkpoint into the run folder, if it is newer than those there. Collective.
+    """Copy the newest complete local checkpoint into the run folder, if it is newer than those there. Collective.
 
     Args:
         local_dir: `checkpoint.local_dir`.
         run: folder of the run that continues.
-        model: `describe_model` of the model of this run.
+        model: result of `describe_model` for this run's model.
         ranks: coordinates of this rank.
         leads: True on the first rank of each machine.
     """
@@ -155,10 +166,10 @@ def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, le
         return
     folder = local_folder(local_dir, run, number)
     mine = _Machine(f"{socket.gethostname()}:{folder}", _inspect(folder, newest, model)) if leads else _Machine()
-    machines = [each for each in _gathered(mine) if each.name]
-    if not any(each.held for each in machines):
+    machines = [each for each in _gather_machines(mine) if each.name]
+    if not any(each.parts for each in machines):
         log.info("no machine holds a local checkpoint after step %d (checkpoint.local_dir=%s)", newest, local_dir)
-    for step in sorted({step for each in machines for step in each.held}, reverse=True):
+    for step in sorted({step for each in machines for step in each.parts}, reverse=True):
         reason = _reason(step, machines)
         if not reason:
             reason = _copy(step, machines, mine.name, folder, run, ranks)
@@ -166,16 +177,22 @@ def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, le
             log.info("the local checkpoint of step %d was copied to %s", step, run.checkpoint_of(step))
             return
         source = f"the checkpoint of step {newest} in the run folder" if newest else "the base model"
-        log.warning("the local checkpoint of step %d is not used, but an older one or %s: %s", step, source, reason)
+        log.warning(
+            "the local checkpoint of step %d is not used: %s. The run continues from an older local checkpoint, if there "
+            "is one, or from %s",
+            step,
+            reason,
+            source,
+        )
 
 
 def _read_number(run: RunFolder) -> str:
     return run.local_id.read_text(encoding="utf-8") if run.local_id.exists() else ""
 
 
-def _inspect(folder: Path, newest: int, model: str) -> dict[int, _Held]:
-    """Return what this machine holds of each checkpoint after step `newest`."""
-    held = {}
+def _inspect(folder: Path, newest: int, model: str) -> dict[int, _LocalPart]:
+    """Return this machine's part of each local checkpoint after step `newest`."""
+    parts = {}
     for path in folder.glob("step_*"):
         step = checkpoint_step(path)
         if step is None or step <= newest:
@@ -183,27 +200,27 @@ def _inspect(folder: Path, newest: int, model: str) -> dict[int, _Held]:
         try:
             manifest = read_manifest(path)
         except DamagedCheckpointError as error:
-            held[step] = _Held("", frozenset(), str(error))
+            parts[step] = _LocalPart("", frozenset(), str(error))
             continue
         if manifest is None or manifest.step != step or manifest.model not in (model, ""):
-            held[step] = _Held("", frozenset(), f"{path}: is not a checkpoint of this step and model")
+            parts[step] = _LocalPart("", frozenset(), f"{path}: is not a checkpoint of this step and model")
             continue
         present = [name for name in manifest.files if (path / name).exists()]
         damages = differences(path, manifest, present)
         whole = {name for name in present if not any(str(path / name) in damage for damage in damages)}
         digest = xxhash.xxh3_128_hexdigest(repr(manifest).encode())
-        held[step] = _Held(digest, frozenset(whole), damages[0] if damages else "")
-    return held
+        parts[step] = _LocalPart(digest, frozenset(whole), damages[0] if damages else "")
+    return parts
 
 
 def _reason(step: int, machines: list[_Machine]) -> str:
     """Return why a local checkpoint cannot be used, or an empty string. Equal on every rank."""
     for machine in machines:
-        if step not in machine.held:
+        if step not in machine.parts:
             return f"{machine.name} has no part of it"
-        if machine.held[step].problem:
-            return f"{machine.held[step].problem} (on {machine.name})"
-    if len({machine.held[step].manifest for machine in machines}) > 1:
+        if machine.parts[step].problem:
+            return f"{machine.parts[step].problem} (on {machine.name})"
+    if len({machine.parts[step].manifest for machine in machines}) > 1:
         return "the machines have parts of different saves"
     return ""
 
@@ -212,7 +229,7 @@ def _copy(step: int, machines: list[_Machine], own: str, folder: Path, run: RunF
     """Copy the parts of all machines into the run folder; return what failed, or an empty string. Collective."""
     source, staged = folder / f"step_{step:06d}", run.checkpoint_of(step).with_suffix(".tmp")
     manifest: Manifest = agreed(lambda: read_manifest(source), ranks)  # type: ignore[assignment]
-    holders = {name: next((m.name for m in machines if name in m.held[step].whole), "") for name in manifest.files}
+    holders = {name: next((m.name for m in machines if name in m.parts[step].whole), "") for name in manifest.files}
     if missing := next((name for name, holder in holders.items() if not holder), ""):
         return f"no machine has its file {missing}"
 
@@ -248,7 +265,7 @@ def _copy(step: int, machines: list[_Machine], own: str, folder: Path, run: RunF
     return failure
 
 
-def _gathered(mine: _Machine) -> list[_Machine]:
+def _gather_machines(mine: _Machine) -> list[_Machine]:
     if dist.get_world_size() == 1:
         return [mine]
     found: list[Any] = [None] * dist.get_world_size()

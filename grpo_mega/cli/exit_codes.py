@@ -34,12 +34,13 @@ Arguments = ParamSpec("Arguments")
 def errors_as_exit_codes(
     *failures: type[Exception],
 ) -> Callable[[Callable[Arguments, int]], Callable[Arguments, int]]:
-    """Decorate the `main` of a command: it prints an expected error to stderr as one line and returns its exit code.
+    """Return a decorator for the `main` of a command, which prints an expected error and returns its exit code.
 
-    Every other exception is a defect of the program and leaves `main` with its traceback.
+    The error is one line on stderr. Every other exception is a defect of the program and leaves `main` with its
+    traceback.
 
     Args:
-        failures: types of errors, besides UserError, whose message says enough without a traceback.
+        failures: expected types of errors besides UserError. Their messages must be clear without a traceback.
     """
     expected: tuple[type[Exception], ...] = (UserError, *failures)
 

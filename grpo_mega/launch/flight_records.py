@@ -1,9 +1,10 @@
 """Reads the flight recorder of NCCL for the report of a stall: the last collective of each rank.
 
-torch records the collectives of each rank in a ring buffer. A thread of torch, which needs neither Python nor its lock,
-writes the buffer to a file when a byte arrives in a named pipe, or when a collective times out. The environment of the
-ranks names both (torch 2.13, ProcessGroupNCCL.hpp: `DumpPipe`; FlightRecorder.hpp). The file is a pickle of plain
-values; a pickle that names any class is not read. Without NCCL there is no pipe and no file.
+torch records the collectives of each rank in a ring buffer. A C++ thread of torch, which does not need Python's global
+lock, writes the buffer to a file when a byte arrives in a named pipe, or when a collective times out. Environment
+variables of the ranks name the file and the pipe (torch 2.13, ProcessGroupNCCL.hpp: `DumpPipe`; FlightRecorder.hpp).
+The file is a pickle of plain values; a pickle that names any class is not read. Without NCCL there is no pipe and no
+file.
 Imports no torch. Asserted by tests/unit/launch/test_flight_records.py. Not yet run with NCCL.
 """
 
@@ -29,7 +30,7 @@ _OLDER_NAMES = {
 
 
 def flight_environment(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that make NCCL record, and write into `folder`, without those that the user has set.
+    """Return the environment variables that turn the flight recorder on, except for those that the user has set.
 
     Args:
         folder: temporary folder of the run on this machine.
@@ -45,7 +46,7 @@ def flight_environment(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def request_dumps(folder: Path, ranks: Sequence[int]) -> list[int]:
-    """Ask the ranks of this machine to write their records; return those that have a pipe. Does not wait."""
+    """Ask ranks of this machine to write their records; return the ranks that have a pipe. Does not wait."""
     asked = []
     for rank in ranks:
         with suppress(OSError):  # no pipe, or no reader any more
@@ -63,9 +64,9 @@ def last_collectives(folder: Path, ranks: Sequence[int], asked: Sequence[int], s
 
     Args:
         folder: temporary folder of the run.
-        ranks: of this machine.
-        asked: those that `request_dumps` has asked; their files are waited for.
-        since: `time.monotonic()` of that call.
+        ranks: ranks of this machine.
+        asked: result of `request_dumps`. The function waits at most 2.5 s for the files of these ranks.
+        since: `time.monotonic()` at the call of `request_dumps`.
     """
     while time.monotonic() - since < _WAIT_SECONDS and not all(_size(folder, rank) for rank in asked):
         time.sleep(0.05)
@@ -79,9 +80,9 @@ def last_collectives(folder: Path, ranks: Sequence[int], asked: Sequence[int], s
 
 
 def describe_dump(data: bytes) -> str:
-    """Return one line about the last collective of a record, and the first one that is not complete.
+    """Return one line about the last collective of a record and the first collective that is not complete.
 
-    A record that cannot be read gives a line that says so.
+    If the record cannot be read, the line says so.
     """
     try:
         dump = _RecordUnpickler(io.BytesIO(data)).load()

@@ -1,6 +1,6 @@
-"""Advice on the speed of a run: which keys to change, from medians of its last 20 steps.
+"""Advises which keys to change to make a run faster, from medians of metrics over its last 20 steps.
 
-Health comes first: a run that has raised an alarm, or has fewer than 20 steps, gets no advice.
+A run that has raised an alarm, or has fewer than 20 steps, gets no advice.
 Asserted by tests/unit/observe/test_tuning.py.
 """
 
@@ -21,11 +21,13 @@ _STEPS = 20
 
 @dataclass(frozen=True)
 class TuningRule:
-    """A metric, the median above which there is advice, and the advice.
+    """A metric, the limit above which its median leads to advice, and the advice.
 
     Attributes:
-        text: with the median as `value`.
-        unless: a metric whose existence shows that the advice is followed already.
+        metric: name of the metric.
+        limit: largest median without advice.
+        text: the advice, with a placeholder `value` for the median.
+        unless: name of a metric that exists only if the advice is followed already; None: there is no such metric.
     """
 
     metric: str
@@ -69,7 +71,7 @@ RULES = (
 
 
 def tuning_advice(history: History, raised: Sequence[Alarm]) -> list[str]:
-    """Return a sentence per rule whose metric is above its limit; none for a run that is not healthy or is short.
+    """Return one sentence for each rule whose median is above its limit; none after an alarm or in a short run.
 
     Args:
         history: metrics of all steps.

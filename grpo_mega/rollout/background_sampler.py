@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SliceRequest:
-    """What all slices of a step have in common.
+    """Settings that all slices of a step have in common.
 
     Attributes:
         request: group size, temperature and limits; its seed is replaced.

@@ -1,8 +1,8 @@
 """Stops a run whose engine does not compute what the policy computes, although every check of the weight sync passed.
 
-The sync verifies bytes. It cannot see an engine that reads the right bytes with another function, or that reads
-parameters that no check knows. Both change the log-probs of the sampled tokens, which every step compares anyway: each
-step samples with the weights of the sync before it, and `old_log_probs` are the policy's with the same weights.
+The sync verifies bytes. It cannot find an engine that computes another function with the right bytes, or that reads
+parameters which no check covers. Both change the log-probs of the sampled tokens. The guard compares them with
+`old_log_probs`, which the policy computes with the same weights.
 
 The comparison is |old_log_probs - sampler_log_probs| of every loss token whose probability is above MIN_PROBABILITY
 (mismatch.py) for the policy or for the sampler; the log-probs of less likely tokens are dominated by rounding. Sampling
@@ -10,14 +10,15 @@ has no other setting than the temperature, at which the policy computes too, and
 not change the compared values. Legitimate differences are rounding, FP8 values, and experts that the engine's router
 and the policy's choose differently; the bounds of AUTO are for these. In fp32 one token beyond the bound stops the run.
 Rounding of bf16 has a tail, 2,000 times the median (docs/measurements/mismatch.md): in a long healthy run a token
-exceeds the bound now and then. A wrong engine stays wrong. Therefore a run in bf16, in FP8, or with experts that are
-not replayed stops in one of three cases:
+exceeds the bound now and then. A wrong engine stays wrong. Therefore a run in bf16, in FP8, or with experts whose
+choices are not replayed stops in one of three cases:
 
 - in a step, more than 2 tokens and more than one in a thousand exceed the bound;
 - in a step, a single token exceeds the bound fourfold;
 - in 3 of the last 5 steps, at least one token and more than one in ten thousand exceed the bound.
 
-Equal rollouts of one prompt count once. A job that is started again has no last steps.
+Equal rollouts of one prompt count once. The last steps are not part of a checkpoint: a job that is started again begins
+to count from zero.
 Asserted by tests/unit/trainer/test_mismatch_guard.py and tests/e2e/test_mismatch_guard.py.
 """
 
@@ -48,7 +49,7 @@ FAR = 4.0
 REPEATED_FRACTION = 1e-4
 """A step counts for the third case if more than this fraction of its tokens exceed the bound."""
 WINDOW, MOST_REPEATED = 5, 2
-"""Of so many last steps, so many may count."""
+"""Of the last `WINDOW` steps, at most `MOST_REPEATED` may count."""
 
 
 class EngineMismatchError(GuardStopError):
@@ -60,7 +61,10 @@ class EngineMismatchError(GuardStopError):
 
 @dataclass
 class MismatchGuard:
-    """The bound of `guard.max_mismatch`, in nats, and the reason for it; `bound` None: nothing is checked."""
+    """Guard of a run against an engine that differs from the policy.
+
+    `bound` is in nats; None: nothing is checked. `reason` names the setting that gives the bound, for the message.
+    """
 
     bound: float | None
     reason: str
@@ -70,7 +74,7 @@ class MismatchGuard:
 
     @classmethod
     def of(cls, config: Config, *, has_experts: bool) -> MismatchGuard:
-        """Return the guard of a run; `has_experts` is True for mixture-of-experts models."""
+        """Build the guard of a run; `has_experts` is True for mixture-of-experts models."""
         value, dtype = config.guard.max_mismatch, config.precision.dtype
         has_fp8 = config.engine.fp8 is not None or config.precision.fp8 is not None
         may_route_otherwise = has_experts and not config.algorithm.routing_replay
@@ -101,7 +105,7 @@ class MismatchGuard:
             passed: the checks that the last weight sync passed, for the message.
 
         Raises:
-            EngineMismatchError: on every rank; too many tokens exceed the bound, one by far, or some again and again.
+            EngineMismatchError: on every rank, in one of the cases above.
         """
         if self.bound is None:
             return

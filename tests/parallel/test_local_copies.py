@@ -159,9 +159,8 @@ def test_a_local_checkpoint_that_is_not_whole_is_not_used_and_the_log_says_why(
     run = RunFolder(tmp_path / "run")
     damage(local_folder(tmp_path / "machine_1", run, run.local_id.read_text()))
     ((line,), _) = laboratory.pool.call(2, find, tmp_path)
-    assert line.startswith(
-        "the local checkpoint of step 3 is not used, but an older one or the checkpoint of step 1 in"
-    )
+    assert line.startswith("the local checkpoint of step 3 is not used: ")
+    assert "or from the checkpoint of step 1 in the run folder" in line
     assert reason in line
     assert sorted(run.all_checkpoints()) == [1]
 

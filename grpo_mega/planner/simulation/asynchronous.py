@@ -207,7 +207,6 @@ class AsynchronousRun:
         self._servers = [_Server(job.engine, job.prompt_tokens, quota) for quota in job.quotas]
         self._dropped, self._step, self._time = 0, 0, 0.0
         self.trained: list[list[_Group]] = []
-        self.starts: list[float] = []
         self.ages: list[tuple[int, int]] = []
 
     def run(self, num_steps: int, warm_steps: int) -> SimulatedMode:

@@ -1,7 +1,7 @@
-"""Synchronous steps: every engine samples the groups of its prompt shard, and the step waits for the last rollout.
+"""Simulates synchronous steps: each engine samples the groups of its prompt shard, and the step waits for all of them.
 
-An engine runs at most `max_running` rollouts. A waiting rollout begins in the decode step after another one has ended.
-Events are starts and ends of rollouts; the time between two events has a closed form (costs.py).
+An engine runs at most `max_running` rollouts. A waiting rollout begins in the first decode step after the end of
+another one. Events are starts and ends of rollouts; the time between two events has a closed form (costs.py).
 Asserted by tests/unit/planner/simulation/test_synchronous.py.
 """
 
