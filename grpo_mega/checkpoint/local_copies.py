@@ -178,8 +178,8 @@ def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, le
             return
         source = f"the checkpoint of step {newest} in the run folder" if newest else "the base model"
         log.warning(
-            "the local checkpoint of step %d is not used: %s. The run continues from an older local checkpoint, if there "
-            "is one, or from %s",
+            "the local checkpoint of step %d is not used: %s. The run continues from an older local checkpoint, if "
+            "there is one, or from %s",
             step,
             reason,
             source,
