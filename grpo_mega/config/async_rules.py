@@ -10,7 +10,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
 Combination = tuple[bool, str, str, str]
-"""Whether a combination is set, the other key, why it is not supported, and what to do."""
+"""A combination with `train.max_staleness`: True if it is set, the other key, why it is not supported, the remedy."""
 
 
 def check_asynchrony(config: Config) -> None:

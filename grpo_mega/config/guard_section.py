@@ -20,7 +20,7 @@ GuardAction = Annotated[Literal["off", "warn", StepAction], BeforeValidator(off_
 
 
 class GuardRule(Section):
-    """A rule of `guard.rules`; its action in place of the section stands for the section with that action."""
+    """A rule of `guard.rules`. Instead of the section, the config may give the action alone."""
 
     @model_validator(mode="before")
     @classmethod

@@ -100,7 +100,7 @@ def decode_step(
         engine: memory of the engine on one GPU.
         running: rollouts that sample at the same time in one prompt shard.
         active: parameters that a token uses.
-        cached: mean tokens of a running rollout in the cache; None: those above.
+        cached: mean tokens of a running rollout in the cache; None: the mean that is given above.
     """
     config, assumed, gpu = inputs.config, inputs.assumptions, inputs.gpu
     mean, longest = assumed.mean_length, config.sampling.max_tokens

@@ -1,9 +1,9 @@
-"""Keeps the state of FP8's delayed recipe over an update that may be skipped.
+"""Restores the state of FP8's delayed scaling recipe when an update is skipped.
 
 The passes that compute a gradient add their largest values to `amax_history`, and set the scales of the next pass from
 it. A value that is not finite stays in a history of 1,024 passes, and Transformer Engine does not change a scale while
 the largest value of the history is not finite (2.x, quantization.py: `_default_sf_compute`). A skipped update therefore
-restores both, so that the next pass computes as if the skipped one had not been.
+restores both, so that the next pass computes as if the skipped passes had not been made.
 Asserted by tests/unit/policy/test_fp8_histories.py. Not yet verified on a GPU.
 """
 

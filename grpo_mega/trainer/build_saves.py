@@ -35,17 +35,17 @@ def make_saves(
     writer: BackgroundWriter,
     local: LocalSaves | None,
 ) -> SavePoints:
-    """Return the points at which the run saves or stops, and tell the user when it saves.
+    """Return the points at which the run saves or stops, and show the schedule of the saves to the user.
 
     Args:
         config: gives the schedule of the checkpoints.
         ranks: coordinates of this rank.
-        checkpoints: writes them.
+        checkpoints: writes the checkpoints of the run folder.
         stops: stop requests of this process.
         timers: measures the time of the phase `checkpoint`.
         progress: display, on rank 0.
         writer: writes rollouts and metrics of this rank, which are on disk before a checkpoint is visible.
-        local: local checkpoints, if there are any.
+        local: local checkpoints; None: there are none.
     """
     schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
     if progress is not None:
@@ -62,7 +62,7 @@ def make_managers(
     ranks: Ranks,
     prompts: PromptDataset | None = None,
 ) -> tuple[CheckpointManager, LocalSaves | None]:
-    """Return the manager of the run folder's checkpoints, and the local ones if there are any. Collective.
+    """Return the manager of the run folder's checkpoints, and the local checkpoints or None. Collective.
 
     Args:
         config: sections checkpoint and parallel.

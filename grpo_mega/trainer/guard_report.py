@@ -1,4 +1,4 @@
-"""Report of the rules of `guard.rules` in a step, for metrics and quarantine (trainer/run_guard.py makes it)."""
+"""Report of which rules of `guard.rules` held in a step, for metrics and quarantine. trainer/run_guard.py makes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GuardReport:
     """Report of the rules in a step; equal on every rank.
 
     Attributes:
-        metrics: of the step.
+        metrics: metrics `guard/*` of the step.
         findings: rules that held.
         quarantined: [P] True for each group that goes to quarantine; None: no group does.
         prompts_step: step whose prompts were used; 0: that of the step itself.

@@ -226,7 +226,8 @@ def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:
 def push_between_slices(job: TrainerState, state: LoopState) -> SyncReport:
     """Send the policy's weights as `push_weights`, while sampling in the background is paused. Collective.
 
-    Without such sampling, which uses the connections to the engines all the time, lost engines are replaced before.
+    In a run without sampling in the background, lost engines are replaced first. Sampling in the background uses the
+    engines all the time, so it finds a lost engine by itself.
 
     Raises:
         WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.sample`.

@@ -1,9 +1,9 @@
 """Applies the rules of `guard.rules` to the rollouts, the gradients and the mismatch of a step. Equal on every rank.
 
-A rule holds in a single step (observe/training_faults.py); of several, the strongest action counts. Its input is equal
-on every rank, and the ranks still agree on the action, so that no rank makes an update that another one skips. The
-history has the values of metrics.jsonl, from which a continued run reads it again: it then decides as the uninterrupted
-run.
+A rule is checked in each step by itself (observe/training_faults.py). If several rules hold, the strongest action
+counts. The input of a rule is equal on every rank. The ranks agree on the action all the same, so that no rank makes an
+update that another one skips. The history has the values of metrics.jsonl. A continued run reads it from there, and
+therefore decides as the uninterrupted run does.
 
 `skip_update` and `quarantine` leave the weights and the optimizer state as they are. `rollback` raises
 `RollbackRequest`, which trainer/rollback.py executes, and `stop` raises `GuardStopError`.
@@ -225,7 +225,7 @@ class RunGuard:
 
         Args:
             groups: rollouts of the step.
-            updates: that were made.
+            updates: statistics of the updates that were made.
             of_tokens: metrics of tokens, equal on every rank.
             sum_over_ranks: adds arrays of all ranks.
 
