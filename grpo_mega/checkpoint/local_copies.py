@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -36,11 +37,13 @@ from grpo_mega.formats.checkpoint_manifest import (
     sync_folder,
     write_manifest,
 )
+from grpo_mega.observe.atomic_files import write_atomically
 from grpo_mega.observe.run_folder import RunFolder, checkpoint_step
 from grpo_mega.parallel.ranks import Ranks, agreed, first_error
 
 log = logging.getLogger(__name__)
 _LEADER = "leader_"
+_NUMBER = re.compile(r"[0-9a-f]{16}")
 
 
 class _SharedFolderError(Exception):
@@ -103,9 +106,11 @@ def open_local_folder(local_dir: Path, run: RunFolder, ranks: Ranks, *, leads: b
     """
 
     def read_or_make_number() -> str:
-        if not run.local_id.exists():
-            run.local_id.write_text(secrets.token_hex(8), encoding="utf-8")
-        return run.local_id.read_text(encoding="utf-8")
+        if found := read_number(run):
+            return found
+        made = secrets.token_hex(8)
+        write_atomically(run.local_id, made)
+        return made
 
     folder = local_folder(local_dir, run, agreed(read_or_make_number, ranks))
 
@@ -151,6 +156,20 @@ def local_folder(local_dir: Path, run: RunFolder, number: str) -> Path:
     return local_dir / f"{run.path.name}-{place}" / number
 
 
+def read_number(run: RunFolder) -> str:
+    """Return the number of the run, which names its local folders; empty if it has none.
+
+    A file with anything else counts as none: its content would become a path, of which the other folders are removed.
+    """
+    if not run.local_id.exists():
+        return ""
+    found = run.local_id.read_bytes().decode(errors="replace")
+    if _NUMBER.fullmatch(found):
+        return found
+    log.warning("%s is damaged: the local checkpoints of this run cannot be found any more", run.local_id)
+    return ""
+
+
 def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, leads: bool) -> None:
     """Copy the newest complete local checkpoint into the run folder, if it is newer than those there. Collective.
 
@@ -161,7 +180,7 @@ def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, le
         ranks: coordinates of this rank.
         leads: True on the first rank of each machine.
     """
-    number, newest = agreed(lambda: (_read_number(run), max(run.complete_checkpoints(), default=0)), ranks)
+    number, newest = agreed(lambda: (read_number(run), max(run.complete_checkpoints(), default=0)), ranks)
     if not number:
         return
     folder = local_folder(local_dir, run, number)
@@ -184,10 +203,6 @@ def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, le
             reason,
             source,
         )
-
-
-def _read_number(run: RunFolder) -> str:
-    return run.local_id.read_text(encoding="utf-8") if run.local_id.exists() else ""
 
 
 def _inspect(folder: Path, newest: int, model: str) -> dict[int, _LocalPart]:

@@ -120,17 +120,26 @@ class AsyncSampler:
 
     @contextmanager
     def _paused(self, names: Sequence[str]) -> Iterator[None]:
-        start = time.monotonic()
-        with nullcontext() if self.background is None else self.background.paused(names):
-            self.wait_seconds += time.monotonic() - start
-            self.require_running()
-            yield
+        start, background = time.monotonic(), self.background
+
+        def is_busy() -> bool:
+            return background is not None and not background.wait_until_idle(names, self.beat_seconds)
+
+        with nullcontext() if background is None else background.paused(names):
+            try:
+                while self.require_running(is_waiting=is_busy()):
+                    pass
+                self.wait_seconds += time.monotonic() - start
+                yield
+            except BaseException:
+                self.close()  # before the pause ends: no thread may use an engine that the caller rebuilds or closes
+                raise
 
     def require_running(self, *, is_waiting: bool = False) -> bool:
         """Raise if sampling has failed on any rank; return True if `is_waiting` is True on any rank. Collective.
 
         Args:
-            is_waiting: True if this rank waits for the groups of a step.
+            is_waiting: True if this rank waits for the groups of a step, or for the end of a call of the engine.
 
         Raises:
             SamplingFailedError: on every rank, if sampling has failed on one. The threads of all ranks are stopped.

@@ -101,7 +101,7 @@ class BackgroundSampler:
 
     @contextmanager
     def paused(self, names: Sequence[str]) -> Iterator[None]:
-        """Pause threads: wait until each of them has finished its current call, and keep it from making another one.
+        """Let the threads of these names begin no call; `wait_until_idle` waits for the end of a call in progress.
 
         Args:
             names: `sampling`, `scoring` or both.
@@ -109,8 +109,6 @@ class BackgroundSampler:
         with self._changed:
             for name in names:
                 self._pauses[name] += 1
-            while any(self._busy[name] for name in names):
-                self._changed.wait()
         try:
             yield
         finally:
@@ -118,6 +116,11 @@ class BackgroundSampler:
                 for name in names:
                     self._pauses[name] -= 1
                 self._changed.notify_all()
+
+    def wait_until_idle(self, names: Sequence[str], seconds: float) -> bool:
+        """Wait for the end of the calls of these threads, at most for `seconds`; return True if there is no call."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not any(self._busy[name] for name in names), seconds)
 
     def weights_changed(self) -> None:
         """Note that the engine has new weights. Sampling must be paused."""

@@ -10,7 +10,8 @@ Asserted by tests/unit/rollout/test_multi_turn.py and tests/e2e/test_calculator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -107,6 +108,17 @@ class MultiTurnGenerator:
         replies: dict[int, Reply] = received
         return replies
 
+    @contextmanager
+    def discarding_replies(self) -> Iterator[None]:
+        """Discard the replies to answers of a call of the engine that fails: the next call has other answers."""
+        try:
+            yield
+        except Exception:
+            if self.environments is not None:
+                with suppress(RuntimeError):  # the failure of the engine is raised
+                    self.environments.collect()
+            raise
+
 
 class _Wave:
     """Rollouts of one call. The unfinished ones keep the order of their prompts."""
@@ -140,7 +152,8 @@ class _Wave:
         def on_completion(position: int, member: int, completion: Completion) -> None:
             self._add_completion(position * request.group_size + member, completion, is_last)
 
-        self._owner.engine.generate(prompts, request, on_completion)
+        with self._owner.discarding_replies():
+            self._owner.engine.generate(prompts, request, on_completion)
         replies = self._owner.replies() if self._requested else {}
         assert replies.keys() == self._requested, f"requested {sorted(self._requested)}, received {sorted(replies)}"
         # in the order of the prompts, independent of the order of the replies

@@ -9,6 +9,7 @@ Asserted by tests/unit/rollout/test_slices.py and tests/engine/test_partial_roll
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from grpo_mega.rollout.multi_turn import MultiTurnGenerator
@@ -55,11 +56,12 @@ class SliceSampler:
                 self._submit(position, running[position])
 
         stop = () if self.dialogue is None else self.dialogue.stop
-        self.engine.generate(
-            [rollout.next_prompt() for rollout in running],
-            replace(request, group_size=1, max_tokens_each=tuple(limits), stop=stop),
-            on_completion,
-        )
+        with nullcontext() if self.dialogue is None else self.dialogue.discarding_replies():
+            self.engine.generate(
+                [rollout.next_prompt() for rollout in running],
+                replace(request, group_size=1, max_tokens_each=tuple(limits), stop=stop),
+                on_completion,
+            )
         if self.dialogue is None or not requested:
             return
         replies = self.dialogue.replies()

@@ -65,7 +65,7 @@ def run_job(
         with ExitStack() as lock:
             wanted = agreed(lambda: _lock_and_list(config, lock), ranks)
             model, local_dir = describe_model(hf_shapes(checkpoint_spec(folder))), config.checkpoint.local_dir
-            if local_dir is not None and not wanted.named_by_user and not config.run.overwrite:
+            if local_dir is not None and not config.run.overwrite:
                 run_folder = RunFolder(Path(str(config.run.dir)))
                 copy_newest(Path(local_dir), run_folder, model, ranks, leads=leads_machine())
                 wanted = agreed(lambda: checkpoints_to_verify(**_arguments(config)), ranks)

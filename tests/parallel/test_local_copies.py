@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,22 @@ def test_the_local_checkpoints_of_another_run_in_the_same_place_are_removed_and_
 
 def open_only(rank: int, root: Path) -> None:
     open_local_folder(root / f"machine_{rank}", RunFolder(root / "run"), ranks_of(rank), leads=True)
+
+
+@pytest.mark.parametrize("content", ["", "../other", "0123456789abcdef\n"])
+def test_a_damaged_number_of_a_run_is_replaced_and_other_data_of_the_disk_are_kept(
+    laboratory: Laboratory, tmp_path: Path, content: str
+) -> None:
+    """Such as the empty file of a start on a full disk."""
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.local_id.write_text(content)
+    others = [tmp_path / f"machine_{rank}" / "of_others" for rank in (0, 1)]
+    for folder in others:
+        folder.mkdir(parents=True)
+    laboratory.pool.call(2, open_only, tmp_path)
+    assert all(folder.is_dir() for folder in others)
+    assert re.fullmatch("[0-9a-f]{16}", run.local_id.read_text())
 
 
 def test_a_folder_that_two_machines_share_and_one_that_cannot_be_made_are_named(

@@ -134,6 +134,9 @@ class ServerClient:
 
     def _replies(self, command: str, heartbeat_seconds: float) -> Iterator[RolloutReply | None]:
         while self._awaits_answer:
+            if self._wait(command, 0.0):  # first what arrived since the last call, which may be long ago
+                yield self._read(command)
+                continue
             now = time.monotonic()
             silence_ends, patience_ends = self._message_time + _SILENT_SECONDS, self._progress_time + self._timeout
             left = min(silence_ends, patience_ends) - now

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from grpo_mega.config.schema import Config
 from grpo_mega.observe.engine_gauges import EngineGauges
@@ -163,9 +165,9 @@ def test_sampling_is_paused_between_two_slices_and_continues_without_the_cache(r
         time.sleep(0.05)
         assert len(run.engine.calls) == begun
         run.engine.policy_version += UPDATES
-    run.sample(2)
-    run.push()
-    run.sample(3)
+    for step in range(2, 12):  # a slice cannot complete the groups of a step, so some step needs several
+        run.sample(step)
+        run.push()
     after = [request.continues for _, request in run.engine.calls[begun:]]
     assert not after[0], "no prefix cache survives a sync"
     assert any(after)
@@ -173,6 +175,38 @@ def test_sampling_is_paused_between_two_slices_and_continues_without_the_cache(r
         begun, scored = len(run.engine.calls), run.scorer.scored.copy()
         time.sleep(0.05)
         assert (len(run.engine.calls), run.scorer.scored) == (begun, scored)
+
+
+def test_a_rank_that_waits_for_the_end_of_a_slice_exchanges_messages_with_the_others_meanwhile(run: Run) -> None:
+    run.sample(1)
+    run.push()
+    begun, release, exchanges, add = threading.Event(), threading.Event(), [0], run.sampler.collectives.sum
+
+    def wait() -> None:
+        begun.set()
+        release.wait(10)
+
+    def counted_sum(array: NDArray[np.float64]) -> NDArray[np.float64]:
+        exchanges[0] += 1
+        if exchanges[0] == 3:
+            release.set()
+        return add(array)
+
+    run.engine.hook = wait
+    assert begun.wait(10)
+    run.sampler.collectives.sum = counted_sum  # type: ignore[method-assign]
+    with run.sampler.syncing():
+        assert release.is_set()
+
+
+def test_a_failure_during_a_pause_ends_the_threads_before_the_engine_is_used_again(run: Run) -> None:
+    steps = [run.sample(1)]
+    run.push()
+    with pytest.raises(SamplingFailedError, match="of an evaluation"), run.sampler.evaluating():
+        raise SamplingFailedError("of an evaluation")
+    assert run.sampler.background is not None
+    assert run.sampler.background.threads == []
+    check_use_of_prompts(run, [*steps, run.sample(2)])
 
 
 @pytest.mark.parametrize("part", ["server", "scorer"])

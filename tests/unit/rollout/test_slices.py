@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -24,6 +24,7 @@ class Echo:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, tuple[Turn, ...]]] = []
+        self.asked_before = self.asked
 
     def submit(self, key: int, prompt: str, turns: Sequence[Turn], reference: str) -> None:
         self.asked.append((key, tuple(turns)))
@@ -98,3 +99,27 @@ def test_a_reply_without_room_for_an_answer_truncates_the_rollout() -> None:
     for _ in range(2):
         slices.sample(rollouts, request)
     assert (rollouts[0].is_done, rollouts[0].stop_reason, rollouts[0].num_tokens) == (True, "length", 4)
+
+
+@pytest.mark.parametrize("by_slices", [True, False])
+def test_a_call_that_fails_leaves_no_reply_for_the_next_one(by_slices: bool) -> None:
+    class Failing(ScriptedAnswers):
+        def generate(self, *arguments: Any) -> None:
+            super().generate(*arguments)
+            raise RuntimeError("the engine is gone")
+
+    environment, rollouts = Echo(), rollouts_of(0)
+    slices = sampler(Failing("ab!?[1]cd"), 9, environment)
+    dialogue = slices.dialogue
+    assert dialogue is not None
+
+    def sample() -> None:
+        if by_slices:
+            slices.sample(rollouts, REQUEST)
+        else:
+            dialogue.generate([rollouts[0].prompt], REQUEST)
+
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        sample()
+    assert environment.asked == []
+    assert environment.asked_before == [(0, (Turn("ab!?", stop_text="!?"),))]

@@ -12,9 +12,11 @@ from unittest import mock
 
 import pytest
 
+from grpo_mega.engines.server import client as client_module
 from grpo_mega.engines.server import connection as connection_module
 from grpo_mega.engines.server import listener as listener_module
 from grpo_mega.engines.server import protocol
+from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.connection import ServerConnection, open_connection
 from grpo_mega.engines.server.listener import ServerListener
 from grpo_mega.engines.server.messages import (
@@ -95,6 +97,19 @@ def test_messages_arrive_whole_and_in_order(server: LocalServer) -> None:
     job.close()
     with pytest.raises(ConnectionFailedError, match="is disconnected"):
         job.send(EndJob())
+
+
+def test_messages_that_were_not_read_for_a_while_are_no_silence_of_the_server(server: LocalServer) -> None:
+    """The job reads nothing while it sends the weights, which may take longer than a server may be silent."""
+    with mock.patch.object(client_module, "_SILENT_SECONDS", 0.1):
+        job = ServerClient("s", server.address, SECRET, FACTS, patience_seconds=5.0, timeout_seconds=5.0)
+        job.start(PushCommand(1, True))
+        assert next(server.commands) == PushCommand(1, True)
+        server.listener.answer(CommandDone())
+        time.sleep(0.3)
+        job.start(PushCommand(2, True))
+        assert next(server.commands) == PushCommand(2, True)
+        job.close()
 
 
 def test_an_ipv6_address_is_served() -> None:
