@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("grpo_mega.serve")
 
 
-def main() -> None:
-    """Run the server, or one of its ranks when a launcher has set RANK."""
+def make_parser() -> OptionParser:
+    """Return the parser of the command line."""
     parser = OptionParser(
         prog="grpo_mega.serve", description="Serve one engine replica to jobs with engine.placement=server."
     )
@@ -54,7 +54,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="port to listen at; 0: any free port (default: 0)")
-    args = parser.parse_intermixed_args()
+    return parser
+
+
+def main() -> None:
+    """Run the server, or one of its ranks when a launcher has set RANK."""
+    args = make_parser().parse_intermixed_args()
     try:
         config = load_config(args.config, [*args.overrides, "engine.placement=server", _placeholder_url(args.host)])
         config = with_hub_inputs(config, with_data=False)

@@ -19,6 +19,7 @@ from tests.helpers.tiny_models import make_family_model
 # The test file that runs the commands of each guide.
 TESTS = {
     "algorithms.md": "tests/e2e/test_readme_commands.py",
+    "asynchrony.md": "tests/unit/docs/test_asynchrony_guide.py",
     "checkpoints.md": "tests/e2e/test_guides.py",
     "convert.md": "tests/e2e/test_readme_commands.py",
     "data.md": "tests/e2e/test_readme_commands.py",
