@@ -72,7 +72,7 @@ class BackgroundSampler:
         self._num_slices = 0  # of the current step
         self._has_cache = False  # True if the engine's cache holds tokens of open groups, computed with its weights
         self._gauges = EngineGauges()
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         """Exception of a thread, after which both threads end; None while they run, and after `stop`."""
 
     def start(self, request: SliceRequest) -> None:
@@ -142,7 +142,7 @@ class BackgroundSampler:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # engines and rewards raise anything; the step that waits raises it on all ranks
+        except BaseException as error:  # engines and rewards raise anything, also SystemExit; all ranks raise it
             with self._changed:
                 if self.failure is None and not self._is_stopping:
                     log.warning("sampling in the background failed", exc_info=error, extra=FILE_ONLY)

@@ -209,13 +209,15 @@ def test_a_failure_during_a_pause_ends_the_threads_before_the_engine_is_used_aga
     check_use_of_prompts(run, [*steps, run.sample(2)])
 
 
-@pytest.mark.parametrize("part", ["server", "scorer"])
-def test_a_failure_is_reported_and_its_rollouts_are_sampled_again(run: Run, part: str) -> None:
+@pytest.mark.parametrize(("part", "kind"), [("server", RuntimeError), ("scorer", RuntimeError), ("scorer", SystemExit)])
+def test_a_failure_is_reported_and_its_rollouts_are_sampled_again(
+    run: Run, part: str, kind: type[BaseException]
+) -> None:
     steps, collect = [run.sample(1)], run.scorer.collect
 
     def fail() -> Any:
         collect()
-        raise RuntimeError("the process is gone")
+        raise kind("the process is gone")
 
     def steps_until_failure() -> None:
         while True:
@@ -226,7 +228,7 @@ def test_a_failure_is_reported_and_its_rollouts_are_sampled_again(run: Run, part
         run.engine.hook = fail
     else:
         run.scorer.collect = fail  # type: ignore[method-assign]
-    with pytest.raises(SamplingFailedError, match="sampling failed on rank 0: RuntimeError: the process is gone"):
+    with pytest.raises(SamplingFailedError, match=f"sampling failed on rank 0: {kind.__name__}: the process is gone"):
         steps_until_failure()
     run.engine.hook, run.scorer.collect = lambda: None, collect  # type: ignore[method-assign]
     run.push()  # to the engine that was built again
