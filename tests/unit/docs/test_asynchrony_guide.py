@@ -14,7 +14,7 @@ from tests.helpers.jobs import REPOSITORY
 
 TEXT = (REPOSITORY / "docs" / "asynchrony.md").read_text(encoding="utf-8")
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
-ONE_UPDATE = "train.minibatches_per_epoch=1"  # the quickstart has 8, more than the staleness of the guide
+ONE_UPDATE = "train.minibatches_per_epoch=1"  # the quickstart has 8, more than the staleness of this config
 
 
 def test_the_config_of_the_guide_is_valid() -> None:
@@ -28,9 +28,9 @@ def test_the_commands_of_the_guide_are_accepted() -> None:
     (block,) = shell_blocks("asynchrony.md")
     serve, train = block.replace("\\\n", "").strip().splitlines()
     script, *options = shlex.split(serve.removesuffix("&"))
-    port = make_parser().parse_intermixed_args(options).port
-    program, _, *overrides = shlex.split(train)
-    assert (script, program) == ("launch/serve.sh", "launch/train.sh")
-    config = load_config(QUICKSTART, [ONE_UPDATE, *overrides])
+    served = make_parser().parse_intermixed_args(options)
+    program, path, *overrides = shlex.split(train)
+    assert (script, program, str(served.config)) == ("launch/serve.sh", "launch/train.sh", path)
+    config = load_config(REPOSITORY / path, overrides)
     assert config.train.max_staleness > 0
-    assert config.engine.urls == (f"127.0.0.1:{port}",)
+    assert config.engine.urls == (f"127.0.0.1:{served.port}",)
