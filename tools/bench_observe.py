@@ -6,10 +6,14 @@ One process trains the quickstart. Blocks of five steps with everything on (metr
 summary) alternate with blocks in which the observer does nothing, so that both have the same machine and model. The
 first step of a block is not counted: it pays for what the block before left to a background thread.
 
-`measured` is the mean CPU time of a step with everything on, divided by that without, minus 1; `reference` is the limit
-of 1 %. CPU time includes background threads and does not count what other programs take. `wall_share` is the same for
-the wall clock, and `direct_share` the time for which the observer stops the loop. `standard_error` is that of
-`measured`, from the pairs of successive blocks.
+`measured` is what observing adds to the CPU time of a step, divided by the mean CPU time of a step without it;
+`reference` is the limit of 1 %. CPU time includes background threads and does not count what other programs take.
+Answers of one step are longer than those of another, which changes its time by more than the limit. So the added time
+is the coefficient of "everything is on" in a least-squares fit of a step's time, beside its sampled tokens, its longest
+answer, its padded tokens and a constant for each pair of successive blocks. `standard_error` is that of the
+coefficient. `plain_share` is the same number without the fit: the ratio of the two means, minus 1.
+
+`wall_share` is the fit for the wall clock, and `direct_share` the time for which the observer stops the loop.
 """
 
 from __future__ import annotations
@@ -24,8 +28,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from grpo_mega.trainer.step_metrics import StepResult
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 5
@@ -35,13 +44,23 @@ BYTES_LIMIT = 100e6  # of TensorBoard, for 1,000 steps
 
 @dataclass(frozen=True)
 class ObservedStep:
-    """Times of one step, in seconds. `observer_seconds` is the part in which the observer stopped the loop."""
+    """Times of one step, in seconds, and its size.
+
+    Attributes:
+        step: its number.
+        is_observed: whether everything was on.
+        seconds: on the wall clock.
+        cpu_seconds: of all threads of the process.
+        observer_seconds: the part of `seconds` in which the observer stopped the loop.
+        size: sampled tokens, tokens of the longest answer, and trained tokens with padding.
+    """
 
     step: int
     is_observed: bool
     seconds: float
     cpu_seconds: float
     observer_seconds: float
+    size: tuple[float, ...] = ()
 
 
 def is_observed(step: int) -> bool:
@@ -64,10 +83,7 @@ def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str
     on, off = ([t for t in kept if t.is_observed == wanted] for wanted in (True, False))
     if not on or not off:
         raise ValueError(f"{len(times)} steps have {len(on)} and {len(off)} that count; use at least {4 * BLOCK}")
-    cpu, wall = (
-        statistics.fmean(getattr(t, name) for t in on) / statistics.fmean(getattr(t, name) for t in off) - 1
-        for name in ("cpu_seconds", "seconds")
-    )
+    (cpu, error), (wall, _) = (_added_share(kept, name) for name in ("cpu_seconds", "seconds"))
     per_step = tensorboard_bytes / sum(t.is_observed for t in times)
     return {
         "name": "observe",
@@ -75,7 +91,8 @@ def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str
         "reference": LIMIT,
         "ratio": cpu / LIMIT,
         "unit": "share of a step",
-        "standard_error": _standard_error(kept),
+        "standard_error": error,
+        "plain_share": statistics.fmean(t.cpu_seconds for t in on) / statistics.fmean(t.cpu_seconds for t in off) - 1,
         "wall_share": wall,
         "direct_share": statistics.fmean(t.observer_seconds / t.seconds for t in on),
         "seconds_off": statistics.median(t.seconds for t in off),
@@ -85,14 +102,32 @@ def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str
     }
 
 
-def _standard_error(kept: Sequence[ObservedStep]) -> float:
-    """Return the standard error of the mean over pairs of blocks; 0 for one pair."""
-    pairs: dict[int, dict[bool, list[float]]] = {}
-    for t in kept:
-        pairs.setdefault((t.step - 1) // (2 * BLOCK), {}).setdefault(t.is_observed, []).append(t.cpu_seconds)
-    whole = [pair for pair in pairs.values() if len(pair) == 2]
-    shares = [statistics.fmean(pair[True]) / statistics.fmean(pair[False]) - 1 for pair in whole]
-    return statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
+def _added_share(kept: Sequence[ObservedStep], name: str) -> tuple[float, float]:
+    """Return what observing adds to the time `name` of a step, as a share of a step without it, and its standard error.
+
+    Ordinary least squares, with the number of pairs of blocks as constants; the standard error takes the deviations of
+    different steps as independent.
+    """
+    pair = np.array([(t.step - 1) // (2 * BLOCK) for t in kept])
+    constants = (pair[:, None] == np.unique(pair)).astype(float)
+    size = np.array([t.size for t in kept], dtype=float).reshape(len(kept), -1)
+    size = size[:, size.std(axis=0) > 0]
+    size = (size - size.mean(axis=0)) / size.std(axis=0)
+    columns = np.column_stack([[t.is_observed for t in kept], size, constants])
+    seconds = np.array([getattr(t, name) for t in kept])
+    coefficients = np.linalg.lstsq(columns, seconds, rcond=None)[0]
+    degrees = max(len(kept) - np.linalg.matrix_rank(columns), 1)
+    variance = ((seconds - columns @ coefficients) ** 2).sum() / degrees
+    deviation = float(np.sqrt(variance * np.linalg.pinv(columns.T @ columns)[0, 0]))
+    without = statistics.fmean(getattr(t, name) for t in kept if not t.is_observed)
+    return float(coefficients[0]) / without, deviation / without
+
+
+def size_of(result: StepResult) -> tuple[float, ...]:
+    """Return sampled tokens, tokens of the longest answer, and trained tokens with padding of the step."""
+    completions = result.table.completion_tokens
+    rows = result.batch.microbatches
+    return float(completions.sum()), float(completions.max()), float(len(rows) * rows.row_tokens)
 
 
 def measure(steps: int, folder: Path) -> list[ObservedStep]:
@@ -104,7 +139,6 @@ def measure(steps: int, folder: Path) -> list[ObservedStep]:
     from grpo_mega.trainer import build_observer
     from grpo_mega.trainer.reporter import RunReporter
     from grpo_mega.trainer.run import run_job
-    from grpo_mega.trainer.step_metrics import StepResult
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -119,7 +153,8 @@ def measure(steps: int, folder: Path) -> list[ObservedStep]:
             if is_observed(result.step):
                 super().step(result)
             now, cpu = time.perf_counter(), time.process_time()
-            times.append(ObservedStep(result.step, is_observed(result.step), now - last[0], cpu - last[1], now - begin))
+            spent = now - last[0], cpu - last[1], now - begin
+            times.append(ObservedStep(result.step, is_observed(result.step), *spent, size_of(result)))
             last[:] = now, cpu
 
     overrides = [f"train.steps={steps}", f"run.dir={folder}", "data.eval=null", "checkpoint.export_hf=false"]

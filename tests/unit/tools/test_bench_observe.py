@@ -32,14 +32,34 @@ def test_the_share_is_the_cpu_time_with_everything_on_over_that_without() -> Non
     assert found["tensorboard_ratio"] == pytest.approx(0.3)
 
 
-def test_the_standard_error_is_that_of_the_pairs_of_blocks() -> None:
-    """Two pairs with shares of 0 and 10 %: deviation 0.0707, over the root of 2."""
-    seconds = {1: 1.0, 2: 1.1}
-    times = [
-        ObservedStep(step, is_observed(step), 1.0, seconds[(step - 1) // 10] if is_observed(step) else 1.0, 0.0)
-        for step in range(11, 31)
+def test_longer_answers_are_not_taken_for_the_cost_of_observing() -> None:
+    """A step takes 0.5 s, 1 ms per token, and 0.01 s for observing; every other pair of blocks is 0.2 s slower."""
+    tokens = [
+        [100.0, 300.0, 250.0, 120.0, 400.0, 170.0, 220.0][step % 7] + 50 * is_observed(step) for step in range(51)
     ]
-    assert summarize(times, 1)["standard_error"] == pytest.approx(0.05)
+
+    def seconds(step: int) -> float:
+        return 0.5 + 0.001 * tokens[step] + 0.01 * is_observed(step) + 0.2 * ((step - 1) // 10 % 2)
+
+    times = [ObservedStep(s, is_observed(s), seconds(s), seconds(s), 0.0, (tokens[s], 7.0)) for s in range(1, 51)]
+    without = [seconds(step) for step in range(1, 51) if counts(step) and not is_observed(step)]
+    found = summarize(times, 1)
+    assert found["measured"] == pytest.approx(0.01 * len(without) / sum(without))
+    assert found["standard_error"] == pytest.approx(0, abs=1e-9)
+    assert found["plain_share"] != pytest.approx(found["measured"], abs=0.005)
+
+
+def test_the_standard_error_is_that_of_the_fit() -> None:
+    """Four steps of each kind, each 0.1 s above or below its mean: 8 deviations of 0.1, 6 degrees of freedom.
+
+    The deviation of a step is 0.1 * sqrt(8 / 6), that of the difference of two means of four is sqrt(1/4 + 1/4) of it.
+    """
+    times = [
+        ObservedStep(step, is_observed(step), 1.0, 1.0 + 0.1 * (-1) ** (step // 2 % 2), 0.0) for step in range(11, 21)
+    ]
+    found = summarize(times, 1)
+    assert found["measured"] == pytest.approx(0.0)
+    assert found["standard_error"] == pytest.approx(0.1 * (8 / 6) ** 0.5 * 0.5**0.5)
 
 
 def test_too_few_steps_are_an_error() -> None:
