@@ -6,14 +6,18 @@ One process trains the quickstart. Blocks of five steps with everything on (metr
 summary) alternate with blocks in which the observer does nothing, so that both have the same machine and model. The
 first step of a block is not counted: it pays for what the block before left to a background thread.
 
-`measured` is what observing adds to the CPU time of a step, divided by the mean CPU time of a step without it;
-`reference` is the limit of 1 %. CPU time includes background threads and does not count what other programs take.
-Answers of one step are longer than those of another, which changes its time by more than the limit. So the added time
-is the coefficient of "everything is on" in a least-squares fit of a step's time, beside its sampled tokens, its longest
-answer, its padded tokens and a constant for each pair of successive blocks. `standard_error` is that of the
-coefficient. `plain_share` is the same number without the fit: the ratio of the two means, minus 1.
+`measured` is the CPU time of what observing runs, divided by the mean CPU time of a step without it: the CPU time for
+which the observer holds the main thread, and the difference of the CPU time of all other threads between steps with
+everything on and steps without. `reference` is the limit of 1 %. `standard_error` is that of `measured`.
 
-`wall_share` is the fit for the wall clock, and `direct_share` the time for which the observer stops the loop.
+`whole_share` is the difference of the CPU time of whole steps, which also has indirect effects, such as caches that
+other threads fill. The time of a step changes with the lengths of its answers and with the machine by much more than
+the limit. So the difference is a coefficient of a least-squares fit of a step's CPU time, beside its sampled tokens,
+its longest answer, its padded tokens and a constant for each pair of successive blocks; `whole_standard_error` is its
+standard error. The two numbers must agree within their errors.
+
+`wall_share` is the fit for the wall clock, and `direct_share` the wall time for which the observer stops the loop.
+Nothing else comes at some steps only: there is no evaluation, and the last step, with the checkpoint, does not count.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ class ObservedStep:
         is_observed: whether everything was on.
         seconds: on the wall clock.
         cpu_seconds: of all threads of the process.
+        other_cpu_seconds: of all threads but the main one.
         observer_seconds: the part of `seconds` in which the observer stopped the loop.
+        observer_cpu_seconds: CPU time of the main thread in this part.
         size: sampled tokens, tokens of the longest answer, and trained tokens with padding.
     """
 
@@ -59,7 +65,9 @@ class ObservedStep:
     is_observed: bool
     seconds: float
     cpu_seconds: float
+    other_cpu_seconds: float
     observer_seconds: float
+    observer_cpu_seconds: float
     size: tuple[float, ...] = ()
 
 
@@ -79,11 +87,14 @@ def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str
     Raises:
         ValueError: there are no steps that count of one kind.
     """
-    kept = [t for t in times if counts(t.step)]
+    kept = [t for t in times[:-1] if counts(t.step)]
     on, off = ([t for t in kept if t.is_observed == wanted] for wanted in (True, False))
     if not on or not off:
         raise ValueError(f"{len(times)} steps have {len(on)} and {len(off)} that count; use at least {4 * BLOCK}")
-    (cpu, error), (wall, _) = (_added_share(kept, name) for name in ("cpu_seconds", "seconds"))
+    without = statistics.fmean(t.cpu_seconds for t in off)
+    added = [[t.observer_cpu_seconds + t.other_cpu_seconds for t in part] for part in (on, off)]
+    cpu = (statistics.fmean(added[0]) - statistics.fmean(added[1])) / without
+    (whole, whole_error), (wall, _) = (_added_share(kept, name) for name in ("cpu_seconds", "seconds"))
     per_step = tensorboard_bytes / sum(t.is_observed for t in times)
     return {
         "name": "observe",
@@ -91,8 +102,9 @@ def summarize(times: Sequence[ObservedStep], tensorboard_bytes: int) -> dict[str
         "reference": LIMIT,
         "ratio": cpu / LIMIT,
         "unit": "share of a step",
-        "standard_error": error,
-        "plain_share": statistics.fmean(t.cpu_seconds for t in on) / statistics.fmean(t.cpu_seconds for t in off) - 1,
+        "standard_error": sum(statistics.variance(part) / len(part) for part in added) ** 0.5 / without,
+        "whole_share": whole,
+        "whole_standard_error": whole_error,
         "wall_share": wall,
         "direct_share": statistics.fmean(t.observer_seconds / t.seconds for t in on),
         "seconds_off": statistics.median(t.seconds for t in off),
@@ -143,21 +155,23 @@ def measure(steps: int, folder: Path) -> list[ObservedStep]:
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     times: list[ObservedStep] = []
-    last = [0.0, 0.0]
+    last = [0.0, 0.0, 0.0]
 
     class AlternatingReporter(RunReporter):
         """Observer that ignores the steps of every other block."""
 
         def step(self, result: StepResult) -> None:
-            begin = time.perf_counter()
+            begin, main_begin = time.perf_counter(), time.thread_time()
             if is_observed(result.step):
                 super().step(result)
-            now, cpu = time.perf_counter(), time.process_time()
-            spent = now - last[0], cpu - last[1], now - begin
+            now, cpu, main = time.perf_counter(), time.process_time(), time.thread_time()
+            others = cpu - last[1] - (main - last[2])
+            spent = now - last[0], cpu - last[1], others, now - begin, main - main_begin
             times.append(ObservedStep(result.step, is_observed(result.step), *spent, size_of(result)))
-            last[:] = now, cpu
+            last[:] = now, cpu, main
 
     overrides = [f"train.steps={steps}", f"run.dir={folder}", "data.eval=null", "checkpoint.export_hf=false"]
+    overrides += ["checkpoint.every=null", "checkpoint.every_minutes=null"]
     prepared = prepare(load_config(ROOT / "configs" / "quickstart.yaml", overrides))
     # the job builds its observer itself
     with patch.object(build_observer, "RunReporter", AlternatingReporter):
@@ -177,8 +191,9 @@ def main() -> None:
         size = sum(path.stat().st_size for path in (folder / "tensorboard").iterdir())
         result = summarize(times, size)
     if not arguments.json:
-        error = f"(standard error {result['standard_error']:.2%})"
+        error, whole_error = (f"(standard error {result[k]:.2%})" for k in ("standard_error", "whole_standard_error"))
         print(f"observing costs {result['measured']:+.2%} {error} CPU time of a step, limit {LIMIT:.0%}")
+        print(f"whole steps differ by {result['whole_share']:+.2%} {whole_error}")
         print(f"TensorBoard: {result['tensorboard_bytes_per_1000_steps'] / 1e6:.1f} MB per 1,000 steps, limit 100 MB")
     print(json.dumps(result))
 

@@ -33,7 +33,7 @@ from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.observe.rollout_files.reader import read_rows, steps_of
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.mismatch import Comparison, Differences
 from grpo_mega.trainer.mismatch_guard import AUTO, EngineMismatchError, MismatchGuard
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
 
@@ -134,11 +134,12 @@ def rollouts_of(folder: Path) -> tuple[list[Rollout], list[list[float]]]:
     return rollouts, olds
 
 
-def differences_of(rollouts: Sequence[Rollout], olds: Sequence[Sequence[float]]) -> tuple[SampledGroups, Differences]:
-    """Return the rollouts as columns, and the differences of their loss tokens."""
+def compare(rollouts: Sequence[Rollout], olds: Sequence[Sequence[float]]) -> Comparison:
+    """Compare the loss tokens of recorded rollouts."""
     groups = SampledGroups.of(rollouts, 1)
     old = groups.tokens.on_loss_tokens(groups.tokens.sampler_log_probs)
-    return groups, Differences.of(groups.tokens, old.with_values(np.concatenate([np.array(row) for row in olds])))
+    old = old.with_values(np.concatenate([np.array(row) for row in olds]))
+    return Comparison(Differences.of(groups.tokens, old), groups.table)
 
 
 def quantile(ordered: Sequence[float], fraction: float) -> float:
@@ -151,10 +152,11 @@ def read(folder: Path, change: str, dtype: str, seed: int) -> RunMismatch:
     bound, steps, all_sizes = AUTO[dtype], list[StepMismatch](), list[float]()
     guard = MismatchGuard(bound, "", is_exact=dtype == "fp32")
     for step in steps_of(RunFolder(folder).rollouts):
-        groups, found = differences_of(*rollouts_of(RunFolder(folder).rollouts_of(step)))
+        compared = compare(*rollouts_of(RunFolder(folder).rollouts_of(step)))
+        found = compared.differences
         sizes = found.sizes[found.is_likely].tolist()
         try:
-            guard.check(len(steps) + 1, found, groups.table, lambda array: array[None], "")
+            guard.check(len(steps) + 1, compared, lambda array: array[None], "")
             stopped = False
         except EngineMismatchError:
             stopped = True

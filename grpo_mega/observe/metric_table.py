@@ -206,6 +206,13 @@ METRICS: dict[str, Metric] = {
         "nats",
         "the same over tokens with a probability above 1e-3, which `guard.max_mismatch` bounds",
     ),
+    "train/mismatch_tokens": Metric(
+        MISMATCH,
+        "compared tokens",
+        "tokens",
+        "tokens of the present weights of which policy and engine were compared: of the step's rollouts, or of new samples "
+        "with train.max_staleness",
+    ),
     "train/correction_mean": Metric(
         MISMATCH, "correction", "factor", "mean factor that corrects the mismatch", _CORRECTION
     ),

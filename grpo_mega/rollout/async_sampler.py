@@ -103,10 +103,20 @@ class AsyncSampler:
         Raises:
             SamplingFailedError: on every rank, if sampling has failed on one.
         """
-        with self._paused(["sampling"]):
+        with self.pausing_sampling():
             yield
             if self.background is not None:
                 self.background.weights_changed()
+
+    @contextmanager
+    def pausing_sampling(self) -> Iterator[None]:
+        """Pause sampling for another use of the servers. Collective.
+
+        Raises:
+            SamplingFailedError: on every rank, if sampling has failed on one.
+        """
+        with self._paused(["sampling"]):
+            yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -42,6 +42,7 @@ from grpo_mega.trainer.build_async import background_of
 from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
 from grpo_mega.trainer.build_rollout import make_source, start_workers
 from grpo_mega.trainer.build_saves import make_managers, make_saves
+from grpo_mega.trainer.engine_probe import EngineProbe
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
 from grpo_mega.trainer.loop import TrainerState, evaluate, push_weights, train
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
@@ -144,6 +145,11 @@ def building(
         shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, writer, model_folder)
         observer = make_observer(shown, ranks, stack, own_work(policy, ranks, critic, answers))
         _note(progress, explain_batch(config, ranks.topology))
+        cost, transfer, background = rollout_cost(spec), RolloutTransfer(collectives), background_of(groups, stack)
+        mismatch_guard = MismatchGuard.of(config, has_experts=spec.moe is not None)
+        probe = None
+        if background is not None and mismatch_guard.bound is not None:
+            probe = EngineProbe.of(engine, config, transfer, cost, timers)
         job = TrainerState(
             config=config,
             ranks=ranks,
@@ -160,11 +166,12 @@ def building(
             observer=observer,
             guard=RunGuard(config.guard, ranks),
             is_right=evaluator.is_right,
-            mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
-            transfer=RolloutTransfer(collectives),
-            cost=rollout_cost(spec),
+            mismatch_guard=mismatch_guard,
+            transfer=transfer,
+            cost=cost,
             trace=trace,
-            background=background_of(groups, stack),
+            background=background,
+            probe=probe,
         )
         yield BuiltJob(job, run, model_folder, state, policy, writer, Rollbacker.of(job, run, checkpoints, spec))
 

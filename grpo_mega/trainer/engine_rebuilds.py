@@ -165,6 +165,10 @@ class RebuildableSync:
         """Transfer the policy's weights; see `WeightSync.push`."""
         return self._sync.push(policy_version, verify=verify)
 
+    def verify_after_sampling(self) -> None:
+        """Compare the engines' weights with the last push; see `WeightSync.verify_after_sampling`."""
+        self._sync.verify_after_sampling()
+
     def describe_checks(self) -> str:
         """Describe what the last push checked, for messages."""
         return self._sync.describe_checks()

@@ -23,9 +23,10 @@ from grpo_mega.rollout.async_sampler import AsyncSampler
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampled_groups import SampledGroups
+from grpo_mega.trainer.engine_probe import EngineProbe
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableSync
 from grpo_mega.trainer.learning import learn, mean_advantages
-from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.mismatch import Comparison, Differences
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
@@ -46,7 +47,7 @@ class TrainerState:
 
     `evaluator` is None without held-out prompts. `critic` is None unless `algorithm.advantage` is gae. `cost` has the
     operations of a rollout, by which the work is balanced. `background` is set if servers sample while the policy
-    trains.
+    trains; then `probe` compares policy and engine in the steps without rollouts of the present weights.
     """
 
     config: Config
@@ -69,6 +70,7 @@ class TrainerState:
     trace: RunTrace
     cost: RolloutCost = field(default_factory=RolloutCost)
     background: AsyncSampler | None = None
+    probe: EngineProbe | None = None
 
 
 def train(job: TrainerState, state: LoopState) -> LoopState:
@@ -99,12 +101,13 @@ def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
     job.saves.stop_before_updates(job.policy, state)
     job.guard.check_groups(groups, job.is_right)
     objective = job.objective.at(state.kl_coef)
+    probed = probe_engine(job, state, groups, step)
     learned = learn(job, objective, groups, step, state.policy_version)
     batch, updates = learned.batch, learned.updates
-    differences, gather = differences_of(groups, learned.old_log_probs), job.transfer.collectives.gather
+    compared, gather = probed or compare(groups, learned.old_log_probs), job.transfer.collectives.gather
     if not job.guard.skipped_non_finite:  # the log-probs of the policy may not be finite
-        job.mismatch_guard.check(step, differences, groups.table, gather, job.sync.describe_checks())
-    of_tokens = token_metrics(differences, groups, batch, job.transfer)
+        job.mismatch_guard.check(step, compared, gather, job.sync.describe_checks())
+    of_tokens = token_metrics(compared.differences, groups, batch, job.transfer)
     guarded = job.guard.finish_step(groups, updates, of_tokens, job.transfer.collectives.sum)
     carried = None if groups.carry is None else groups.carry.rollouts
     state = state.after(step, len(updates), objective.next_kl_coef(updates), carried)
@@ -133,10 +136,29 @@ def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
     return state
 
 
-def differences_of(groups: SampledGroups, old_log_probs: TokenValues) -> Differences:
+def compare(groups: SampledGroups, old_log_probs: TokenValues) -> Comparison:
     """Compare policy and engine on the tokens that the present weights sampled, of the rollouts of this rank."""
     version = None if groups.carry is None else groups.carry.policy_version
-    return Differences.of(groups.tokens, old_log_probs, version)
+    return Comparison(Differences.of(groups.tokens, old_log_probs, version), groups.table)
+
+
+def probe_engine(job: TrainerState, state: LoopState, groups: SampledGroups, step: int) -> Comparison | None:
+    """Compare policy and engine on new samples; None if the step has enough tokens of the present weights. Collective.
+
+    Raises:
+        RuntimeError: see `EngineRebuilds.sample`.
+    """
+    probe, background = job.probe, job.background
+    if probe is None or background is None or not probe.is_needed(groups):
+        return None
+
+    def sample() -> SampledGroups:
+        with job.phases.sampling(), job.timers.phase("rollout"), background.pausing_sampling():
+            return probe.sample(groups, step)
+
+    sampled = job.engines.sample(sample, lambda: push_weights(job, state))
+    with job.phases.training(), job.timers.phase("log_probs"):
+        return probe.compare(job.policy, sampled)
 
 
 def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGroups:
@@ -144,6 +166,7 @@ def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGrou
 
     Raises:
         RuntimeError: see `EngineRebuilds.sample`.
+        WeightMismatchError: the weights of an engine have changed since the sync.
     """
     rollbacks = job.guard.rollbacks
 
@@ -152,7 +175,10 @@ def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGrou
             prompts_step, attempt = rollbacks.prompts_step_of(step), rollbacks.attempt_of(step)
             return job.groups.sample(step, prompts_step, attempt, state.carried)
 
-    return job.engines.sample(sample, lambda: push_weights(job, state))
+    groups = job.engines.sample(sample, lambda: push_weights(job, state))
+    with job.timers.phase("sync"):
+        job.sync.verify_after_sampling()  # before the engine sleeps
+    return groups
 
 
 def evaluate(job: TrainerState, state: LoopState) -> Evaluation | None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_mega.algorithm.kl import MAX_REPORTED_LOG_RATIO
+from grpo_mega.data.rollout_table import RolloutTable
 from grpo_mega.data.rollout_tokens import RolloutTokens
 from grpo_mega.types import TokenValues
 
@@ -116,14 +117,26 @@ class Differences:
         return rollout, int(token - (ends[rollout] - self.counts[rollout]))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Tokens of which policy and engine are compared in a step.
+
+    `differences` are those of the rollouts that this rank sampled, and `table` has all rollouts, equal on every rank.
+    """
+
+    differences: Differences
+    table: RolloutTable
+
+
 def mismatch_metrics(sums: NDArray[np.float64]) -> dict[str, float]:
     """Return the mismatch metrics of a step from the `Differences.sums` of all ranks, [ranks, 5].
 
     `mismatch_max` = max |m|; `mismatch_likely_max` = the same over the tokens that `guard.max_mismatch` bounds, 0 if
     there are none; `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of KL(sampler || policy), in
-    nats per token, and `mismatch_kl_max` = its largest term.
+    nats per token, and `mismatch_kl_max` = its largest term; `mismatch_tokens` = n, the tokens that were compared.
     """
     return {
+        "train/mismatch_tokens": float(sums[:, 4].sum()),
         "train/mismatch_max": float(sums[:, 0].max()),
         "train/mismatch_likely_max": float(sums[:, 1].max()),
         "train/mismatch_kl_max": float(sums[:, 3].max()),

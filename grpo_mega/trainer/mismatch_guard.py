@@ -1,8 +1,9 @@
 """Stops a run whose engine does not compute what the policy computes, although every check of the weight sync passed.
 
-The sync verifies bytes. It cannot find an engine that computes another function with the right bytes, or that reads
-parameters which no check covers. Both change the log-probs of the sampled tokens. The guard compares them with
-`old_log_probs`, which the policy computes with the same weights.
+The sync verifies bytes, before and after sampling. It cannot find an engine that computes another function with the
+right bytes, or that reads parameters which no check covers. Both change the log-probs of the sampled tokens. The guard
+compares them with `old_log_probs`, which the policy computes with the same weights. A step with too few tokens of these
+weights is compared on new samples (engine_probe.py).
 
 The comparison is |old_log_probs - sampler_log_probs| of every loss token whose probability is above MIN_PROBABILITY
 (mismatch.py) for the policy or for the sampler; the log-probs of less likely tokens are dominated by rounding. Sampling
@@ -32,8 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.rollout_table import RolloutTable
-from grpo_mega.trainer.mismatch import Differences
+from grpo_mega.trainer.mismatch import Comparison
 from grpo_mega.trainer.run_guard import GuardStopError
 
 AUTO = {"fp32": 1e-2, "bf16": 0.5}
@@ -90,8 +90,7 @@ class MismatchGuard:
     def check(
         self,
         step: int,
-        differences: Differences,
-        table: RolloutTable,
+        compared: Comparison,
         gather: Callable[[NDArray[np.float64]], NDArray[np.float64]],
         passed: str,
     ) -> None:
@@ -99,8 +98,7 @@ class MismatchGuard:
 
         Args:
             step: for the message.
-            differences: of the rollouts that this rank sampled.
-            table: all rollouts of the step.
+            compared: tokens of which policy and engine are compared.
             gather: returns the arrays of all ranks, [ranks, ...].
             passed: the checks that the last weight sync passed, for the message.
 
@@ -109,6 +107,7 @@ class MismatchGuard:
         """
         if self.bound is None:
             return
+        differences, table = compared.differences, compared.table
         sizes = differences.sizes
         beyond = (sizes > self.bound) & differences.is_likely
         if not gather(np.array([float(beyond.sum())])).any():

@@ -9,7 +9,7 @@ tests/engine/test_weight_sync.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,7 @@ class PieceDigests:
 def piece_digests(
     plan: ReshardPlan,
     rank: int,
-    suspects: set[str],
+    suspects: Collection[str],
     shards: Sequence[HeldSlice],
     sink: WeightSink,
     dtypes: dict[str, torch.dtype],
@@ -128,7 +128,7 @@ def piece_digests(
     return PieceDigests(sent, held)
 
 
-def localize_mismatches(plan: ReshardPlan, suspects: set[str], everywhere: Sequence[PieceDigests]) -> list[str]:
+def localize_mismatches(plan: ReshardPlan, suspects: Collection[str], everywhere: Sequence[PieceDigests]) -> list[str]:
     """Return one line per piece that differs between engine and sender, or between two senders.
 
     Args:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,7 +114,7 @@ class ReshardPlan:
         for t, piece in zip(rows.tolist(), pieces.tolist(), strict=True):
             yield int(self.bucket[t]), self.slice_of(piece), int(self.src[t]), int(self.dst[t])
 
-    def transfers_of(self, names: set[str], rank: int | None = None) -> Iterator[tuple[int, int, int]]:
+    def transfers_of(self, names: Collection[str], rank: int | None = None) -> Iterator[tuple[int, int, int]]:
         """Yield (piece, src, dst) of the transfers of the named tensors.
 
         Args:

@@ -2,7 +2,9 @@
 
 A plan is made once, on every rank, from the layouts of policy and engines; the ranks compare its hash. Each push
 executes the plan (executor.py), lets the engine recompute derived values, and compares digests (verifier.py). A failure
-on any rank is raised on all of them, so no engine samples from wrong or partly updated weights.
+on any rank is raised on all of them, so no engine samples from wrong or partly updated weights. After sampling
+(`verify_after_sampling`), or with engine servers before the next push, the engines' digests are compared with those of
+the push again: the weights that sampled are those that were verified.
 
 An engine whose loader cannot be recorded receives whole tensors, one bucket at a time; a warning states the reason
 once.
@@ -122,6 +124,8 @@ class WeightSync:
         self.count = 0
         """Number of pushes that succeeded."""
         self._last: tuple[int, bool] | None = None  # version of the last push, and whether it was verified
+        self._digests: dict[str, int] | None = None  # of the last push, if it was verified
+        self._has_servers = world is not None
         support = self._barrier.gather((sink.supports_slices, sink.streaming_reason), "comparing engines")
         reasons = [reason for supports_slices, reason in support if not supports_slices]
         if reasons:
@@ -170,6 +174,9 @@ class WeightSync:
             self._announce(policy_version, verify)
         if self._layouts is None:
             return self._stream(policy_version)
+        if self._has_servers:
+            self._verify_again()
+        self._digests = None
         shards = self._source.shards()
         own_faults = self._execute(shards, policy_version)
         outcomes = self._barrier.gather((own_faults, self._sink.policy_version), "ending the update")
@@ -180,10 +187,27 @@ class WeightSync:
         if verify:
             self._verifier.verify(shards, digests)
         end = time.perf_counter()
-        self.count, self._last = self.count + 1, (policy_version, verify)
+        self.count, self._last, self._digests = self.count + 1, (policy_version, verify), digests if verify else None
         return SyncReport(
             end - start, end - loaded, self._written_bytes, self._received_bytes, combined_digest(digests)
         )
+
+    def verify_after_sampling(self) -> None:
+        """Compare the engines' digests with those of the last push, if that was verified. Collective.
+
+        An engine that sleeps has no weights, so this comes before it sleeps. Servers take part in pushes only: with
+        them this does nothing, and the next push begins with the comparison.
+
+        Raises:
+            WeightMismatchError: on every rank; the weights of an engine have changed since the push.
+        """
+        if not self._has_servers:
+            self._verify_again()
+
+    def _verify_again(self) -> None:
+        if self._digests is not None:
+            assert self._last is not None, "a push has set both"
+            self._verifier.verify_again(self._digests, self._last[0])
 
     def describe_checks(self) -> str:
         """Describe what the last push checked and what it did not, for messages."""

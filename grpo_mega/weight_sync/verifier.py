@@ -5,7 +5,7 @@ Asserted by tests/parallel/test_sync_ranks.py and tests/engine/test_weight_sync.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
@@ -56,18 +56,49 @@ class SyncVerifier:
         Raises:
             WeightMismatchError: on every rank; names the slices that differ, their ranks and senders.
         """
-        held, stale, failed = self._digests_of_sink()
-        replica: list[dict[TensorSlice, int]] = [{} for _ in range(self._replica_group.size())]
-        dist.all_gather_object(replica, held, group=self._replica_group)
-        findings = self._barrier.gather((differing_tensors(expected, replica), stale, failed), "comparing digests")
-        raise_faults([fault for _, _, faults in findings for fault in faults])
-        suspects = {name for names, _, _ in findings for name in names}
-        faults = [fault for _, stale_slices, _ in findings for fault in stale_slices]
+        suspects, faults = self._compare(expected, "comparing digests")
         if suspects:
             faults += self._localize(suspects, shards) or [
                 f"{sorted(suspects)}: the policy's digest differs from the digests of the slices that were sent"
             ]
         raise_faults(faults)
+
+    def verify_again(self, expected: dict[str, int], policy_version: int) -> None:
+        """Collective: compare what every engine holds, some time after a push, with the digests of that push.
+
+        The policy's weights are not read, so they may have changed or be elsewhere.
+
+        Args:
+            expected: tensor -> digest of the policy at the push, on every rank.
+            policy_version: of the push, for the message.
+
+        Raises:
+            WeightMismatchError: on every rank; names the tensors that differ and the first rank that found each.
+        """
+        suspects, faults = self._compare(expected, "comparing digests again")
+        faults += [
+            f"{name}: the weights of version {policy_version} were equal to the policy's after the sync, and the "
+            f"engine's have changed since (found by rank {rank})"
+            for name, rank in sorted(suspects.items())
+        ]
+        raise_faults(faults)
+
+    def _compare(self, expected: dict[str, int], doing: str) -> tuple[dict[str, int], list[str]]:
+        """Return the tensors that differ, each with the first rank that found it, and other faults. Collective.
+
+        Raises:
+            WeightMismatchError: an engine failed.
+        """
+        held, stale, failed = self._digests_of_sink()
+        replica: list[dict[TensorSlice, int]] = [{} for _ in range(self._replica_group.size())]
+        dist.all_gather_object(replica, held, group=self._replica_group)
+        findings = self._barrier.gather((differing_tensors(expected, replica), stale, failed), doing)
+        raise_faults([fault for _, _, faults in findings for fault in faults])
+        suspects: dict[str, int] = {}
+        for rank, (names, _, _) in enumerate(findings):
+            for name in names:
+                suspects.setdefault(name, rank)
+        return suspects, [fault for _, stale_slices, _ in findings for fault in stale_slices]
 
     def _digests_of_sink(self) -> tuple[dict[TensorSlice, int], list[str], list[str]]:
         """Return digests of the engine's weights, messages about stale derived values, and failures of the engine."""
@@ -78,7 +109,7 @@ class SyncVerifier:
             return {}, [], [f"the engine of rank {self._barrier.rank} failed in the verification: {error}"]
         return held, stale, []
 
-    def _localize(self, suspects: set[str], shards: Sequence[HeldSlice]) -> list[str]:
+    def _localize(self, suspects: Collection[str], shards: Sequence[HeldSlice]) -> list[str]:
         mine = piece_digests(self._plan, self._barrier.rank, suspects, shards, self._sink, self._dtypes)
         everywhere: list[PieceDigests] = self._barrier.gather(mine, "locating the slices that differ")
         return localize_mismatches(self._plan, suspects, everywhere)

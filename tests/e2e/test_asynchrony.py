@@ -16,11 +16,12 @@ import pytest
 from grpo_mega.cli.prompt_use import read_prompt_use
 from grpo_mega.parallel.ports import free_port
 from tests.helpers.chaos_runs import disturb
-from tests.helpers.jobs import SMALL, read_lines, rollouts_of, run_job_successfully, running_job, wait_for_step
+from tests.helpers.jobs import SMALL, read_lines, rollouts_of, run_job, run_job_successfully, running_job, wait_for_step
 from tests.helpers.servers import RunningServer, serving
 
 STEPS, UPDATES, PER_STEP, GROUP = 6, 2, 8, 8
 LIMIT = "guard.timeout_seconds=120"
+WRONG = {"WRONG_ENGINE": "stale_layer"}
 ASYNCHRONOUS = (
     *SMALL,
     "sampling.temperature=2.0",
@@ -57,6 +58,7 @@ def test_a_server_samples_while_the_policy_trains(server: RunningServer, tmp_pat
     assert 0 < max(line["rollout/staleness_max"] for line in lines) <= 2 * UPDATES
     # the mismatch guard compares the tokens of the present weights with the policy: those of other weights differ
     assert all(line["train/mismatch_max"] < 1e-3 for line in lines)
+    assert all(line["train/mismatch_tokens"] >= 32 for line in lines), "of the step's rollouts or of new samples"
     several = [row["policy_versions"] for step in range(2, STEPS + 1) for row in rollouts_of(run, step)]
     several = [versions for versions in several if versions is not None]
     assert several, "an answer continues after a weight sync"
@@ -66,6 +68,19 @@ def test_a_server_samples_while_the_policy_trains(server: RunningServer, tmp_pat
     use = read_prompt_use(run)
     assert len(use.trained) == STEPS * PER_STEP
     assert use.problems() == []
+
+
+@pytest.mark.long  # tests/unit/trainer/test_engine_probe.py has the comparison without a server
+def test_a_wrong_server_is_found_though_no_step_has_tokens_of_the_present_weights(tmp_path: Path) -> None:
+    """One layer keeps the first weights. Sampling is faster than training, so the buffer is full before each sync."""
+    run = tmp_path / "run"
+    of_server = [*SMALL, LIMIT, "engine.max_num_seqs=64"]
+    with serving(of_server, tmp_path / "server", 400.0, "tests.helpers.wrong_engine", WRONG) as server:
+        keys = ("train.slice_tokens=16", "engine.max_num_seqs=64", f"train.max_staleness={UPDATES}")
+        ended = run_job(*arguments(server, run), *keys, "data.eval=null", output=tmp_path / "log")
+    assert ended.code == 1, ended.stderr[-2000:]
+    assert "step 2: policy and engine differ" in ended.stderr
+    assert all(line["step"] == 1 for line in read_lines(run / "metrics.jsonl"))
 
 
 @pytest.mark.long

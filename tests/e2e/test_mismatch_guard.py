@@ -59,3 +59,17 @@ def test_a_small_error_of_one_layer_stops_a_run_in_fp32(tmp_path: Path, kind: st
     assert ended.code == 1, ended.stderr[-2000:]
     logs = [path.read_text() for path in (run / "logs").glob("rank_*.log")]
     assert any(f"step {step}: policy and engine differ" in text for text in logs), ended.stderr[-2000:]
+
+
+@pytest.mark.long  # tests/engine/test_weight_sync.py makes the same comparison without a job
+def test_weights_that_change_after_the_verification_stop_a_run_in_bf16(tmp_path: Path) -> None:
+    """A layer norm of all ones changes the log-probs by as little as rounding of bf16 does."""
+    run = tmp_path / "run"
+    keys = ("reward.terms=[{name: tests.helpers.wrong_engine.length}]", f"run.dir={run}", "run.world_size=1")
+    keys += ("precision.dtype=bf16", "train.steps=2")
+    env = {"WRONG_ENGINE": "layer_norm_ones", "WRONG_ENGINE_SHOWN": "1"}
+    ended = run_job(*SMALL, *keys, output=tmp_path / "log", env=env)
+    assert ended.code == 1, ended.stderr[-2000:]
+    assert "model.layers.1.input_layernorm.weight: the weights of version 0 were equal" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list((run / "checkpoints").glob("step_*"))

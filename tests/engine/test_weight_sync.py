@@ -497,6 +497,38 @@ def test_without_verification_the_same_fault_is_not_detected_and_the_engine_samp
     assert all(message is not None for message in pair.call(push_with_fault, SkippedWrite, 1, True))
 
 
+def change_after_push(session: RankSession, verify: bool, at: int | None) -> str | None:
+    """Push, change one number of the engine of rank `at`, and return the message of the comparison after sampling."""
+    sync, phases = connect(session, session.engine.sink), Phases(session.kept["policy"])
+    phases.start_engine(lambda: session.engine)
+    with phases.syncing():
+        sync.push(2, verify=verify)
+    message = None
+    with phases.sampling():
+        if session.rank == at:
+            sink = session.engine.sink
+            region = next(r for r in sink.layout() if r.placement.hf.name == "model.layers.1.input_layernorm.weight")
+            memory = sink._regions.memory_of(region, region.placement.hf)
+            assert memory is not None
+            memory[0] += 2**-10
+        try:
+            sync.verify_after_sampling()
+        except WeightMismatchError as error:
+            message = str(error)
+    return message
+
+
+def test_weights_that_change_after_the_verification_stop_all_ranks(pair: EngineRanks) -> None:
+    """A change that is far too small for the guard on log-probs."""
+    messages = pair.call(change_after_push, True, 1)
+    assert messages[0] is not None
+    assert messages[0] == messages[1]
+    assert "model.layers.1.input_layernorm.weight: the weights of version 2" in messages[0]
+    assert "(1 in all)" in messages[0]
+    assert pair.call(change_after_push, True, None) == [None, None]
+    assert pair.call(change_after_push, False, 1) == [None, None], "nothing was verified (weight_sync.verify)"
+
+
 def test_an_update_that_one_of_two_replicas_loses_names_only_that_replica(
     world: EngineRanks, models: Models, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +35,20 @@ class RunningServer:
 
 
 @contextmanager
-def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> Iterator[RunningServer]:
-    """Run `python -m grpo_mega.serve ARGUMENTS` and wait until it listens; end it on exit."""
+def serving(
+    arguments: Sequence[str],
+    output: Path,
+    seconds: float = 120.0,
+    module: str = "grpo_mega.serve",
+    env: Mapping[str, str] | None = None,
+) -> Iterator[RunningServer]:
+    """Run `python -m MODULE ARGUMENTS` and wait until it listens; end it on exit."""
     out, err = output.with_suffix(".out"), output.with_suffix(".err")
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = psutil.Popen(
-            [sys.executable, "-m", "grpo_mega.serve", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=REPOSITORY,
-            env={**clean_environment(), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+            env={**clean_environment(), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

@@ -9,6 +9,10 @@ variable WRONG_ENGINE says how:
 - `layer_norm_ones`: the input norm of layer 1 is all ones, to which trained values are close
 - `heads`: the first two query heads of layer 1, of 32 rows each, are swapped
 - `stale_layer`: layer 1 keeps the weights of the first sync; right at the first step
+
+Later calls for the same weights return the same digests, as if the kernels computed another function. With
+WRONG_ENGINE_SHOWN=1 they return those of the changed memory. `python -m tests.helpers.wrong_engine ARGUMENTS` is an
+engine server (`python -m grpo_mega.serve`) with this fault.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ __all__ = ["exact", "length"]  # rewards: the quickstart's, and one that needs n
 
 _digests = RegionSink.digests
 _first: dict[str, torch.Tensor] = {}
+_answers: dict[object, list[int]] = {}
 
 
 def _change(kind: str, name: str, memory: torch.Tensor) -> None:
@@ -46,8 +51,11 @@ def _change(kind: str, name: str, memory: torch.Tensor) -> None:
 
 
 def _change_after(sink: RegionSink, slices: Sequence[TensorSlice]) -> list[int]:
-    found = _digests(sink, slices)
-    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    key = sink.policy_version, tuple(slices)
+    if key in _answers and os.environ.get("WRONG_ENGINE_SHOWN") != "1":
+        return _answers[key]
+    found = _answers[key] = _digests(sink, slices)
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         for region in sink.layout():
             hf = region.placement.hf
             memory = sink._regions.memory_of(region, hf)
@@ -64,3 +72,9 @@ def length(prompt: str, completion: str, reference: str) -> float:
     """Return 1 for an odd number of characters."""
     del prompt, reference
     return float(len(completion) % 2)
+
+
+if __name__ == "__main__":
+    from grpo_mega.serve import main
+
+    main()
