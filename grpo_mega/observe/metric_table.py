@@ -210,7 +210,7 @@ METRICS: dict[str, Metric] = {
         MISMATCH,
         "compared tokens",
         "tokens",
-        "tokens of the present weights of which policy and engine were compared: of the step's rollouts, or of new samples "
+        "tokens of the present weights of which policy and engine were compared: of the rollouts, or of new samples "
         "with train.max_staleness",
     ),
     "train/correction_mean": Metric(

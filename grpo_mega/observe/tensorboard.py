@@ -80,15 +80,19 @@ class TensorBoardWriter:
             histograms: finite values by name, of any shape; one without values is left out.
             texts: Markdown or HTML by name, escaped by the caller.
         """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard.summary import histogram, text
+
         self._add_to_dashboard(scalars)
-        for name, value in scalars.items():
-            if self._last.get(name, step - 1) < step:
-                self._writer.add_scalar(name, value, step)
+        new = {name: value for name, value in scalars.items() if self._last.get(name, step - 1) < step}
+        found = [Summary.Value(tag=name, simple_value=value) for name, value in new.items()]
         for name, values in (histograms or {}).items():
             if values.size:
-                self._writer.add_histogram(name, values, step)
-        for name, text in (texts or {}).items():
-            self._writer.add_text(name, text, step)
+                found += histogram(name, values, self._writer.default_bins).value
+        for name, content in (texts or {}).items():
+            found += text(name, content).value
+        if found:  # one event for all: an event costs more than its values
+            self._summary(Summary(value=found), step)
         self._writer.flush()
 
     def write_counts(self, step: int, name: str, limits: Sequence[float], counts: Array) -> None:
@@ -133,7 +137,7 @@ class TensorBoardWriter:
         """Write the layout again when there are new curves; the last layout counts."""
         if new := set(names) - self._names:
             self._names |= new
-            self._summary(dashboard_summary(self._names))
+            self._summary(dashboard_summary(self._names), self._first_step)
 
     def _write_config(self, config: Mapping[str, Any]) -> None:
         """Write the config as text. It belongs to the first step, so that it is replaced when that is made again."""
@@ -146,8 +150,8 @@ class TensorBoardWriter:
 
         experiment, start, end = hparams(hyperparameters(config), dict.fromkeys(COMPARED, 0.0))
         for summary in (end,) if complete else (experiment, start):
-            self._summary(summary)
+            self._summary(summary, self._first_step)
 
-    def _summary(self, summary: Any) -> None:
+    def _summary(self, summary: Any, step: int) -> None:
         files: Any = self._writer.file_writer
-        files.add_summary(summary, self._first_step)
+        files.add_summary(summary, step)

@@ -5,7 +5,8 @@ Asserted by tests/unit/observe/rollout_files/test_columns.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,17 +44,24 @@ def _record_batch(columns: RolloutColumns, first: int, end: int) -> pa.RecordBat
         "step": pa.array(np.full(end - first, columns.step, np.int32)),
         "reward": pa.array(reward, mask=np.isnan(reward)),
         "reward_components": _map(rows("reward_components")),
-        "reward_failures": pa.array([list(names) for names in rows("reward_failures")], pa.list_(pa.string())),
+        "reward_failures": _lists(rows("reward_failures")),
         "steps": _steps(None if columns.steps is None else rows("steps"), end - first),
     }
     for name in _TEXTS:
-        found[name] = pa.array([encodable(text) for text in rows(name)], pa.string())
+        found[name] = _texts(rows(name))
     for name in _NUMBERS:
         found[name] = pa.array(rows(name), SCHEMA.field(name).type)
     for name in _RAGGED:
         column: RaggedColumn | None = getattr(columns, name)
         found[name] = _list_array(None if column is None else column.rows(first, end), name, end - first)
     return pa.RecordBatch.from_arrays([found[name] for name in SCHEMA.names], schema=SCHEMA)
+
+
+def _texts(texts: Sequence[str]) -> pa.Array:
+    try:
+        return pa.array(texts, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([encodable(text) for text in texts], pa.string())
 
 
 def encodable(text: str) -> str:
@@ -75,11 +83,19 @@ def _list_array(column: RaggedColumn | None, name: str, count: int) -> pa.Array:
 
 
 def _map(rows: Sequence[Any]) -> pa.Array:
+    keys = pa.array(list(chain.from_iterable(rows)), pa.string())
+    values = np.fromiter(chain.from_iterable(row.values() for row in rows), np.float64, len(keys))
+    return pa.MapArray.from_arrays(_offsets(rows), keys, pa.array(values))
+
+
+def _lists(rows: Sequence[Sequence[str]]) -> pa.Array:
+    return pa.ListArray.from_arrays(_offsets(rows), pa.array(list(chain.from_iterable(rows)), pa.string()))
+
+
+def _offsets(rows: Sequence[Sized]) -> pa.Array:
     offsets: npt.NDArray[np.int32] = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    keys = pa.array([name for row in rows for name in row], pa.string())
-    values = pa.array([float(value) for row in rows for value in row.values()], pa.float64())
-    return pa.MapArray.from_arrays(pa.array(offsets), keys, values)
+    np.cumsum(np.fromiter(map(len, rows), np.int32, len(rows)), out=offsets[1:])
+    return pa.array(offsets)
 
 
 def _steps(rows: Sequence[Sequence[tuple[int, float]] | None] | None, count: int) -> pa.Array:
