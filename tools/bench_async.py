@@ -1,13 +1,13 @@
 """Measure updates per hour with sampling during training, next to synchronous steps with the same engine server.
 
-    python tools/bench_async.py [--rounds 3] [--json]
+    python tools/bench_async.py [--rounds 3] [--max-staleness 2] [--json]
 
-Both sides train the model of tools/bench_partial.py on one rank, with one engine server that serves them in turn.
-Rewards are shuffled and the learning rate is tiny, so that lengths do not change. The sides make their steps
-alternately, each in its own run folder that is continued in every round. The first steps of each round are not counted:
-the buffer of a continued run holds little. What it holds at the first and the last counted step is in the output: if it
-shrank, the rate is too high. `measured` is the updates per hour with sampling during training, `reference` those
-without.
+Both sides train the model of step_sides/two_mean_lengths.py on one rank, with one engine server that serves them in
+turn. The sides make their steps alternately (step_sides/compared_runs.py). The first steps of each round are not
+counted: the buffer of a continued run holds little. What it holds at the first and the last counted step is in the
+output: if it shrank, the rate is too high. `measured` is the updates per hour with sampling during training,
+`reference` those without. `simulated` has the steps that `plan --lengths` would predict from the lengths and the times
+of the synchronous side (step_sides/simulated_servers.py).
 """
 
 from __future__ import annotations
@@ -16,37 +16,26 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.step_sides.model_folder import make_model  # noqa: E402
-from tools.step_sides.two_mean_lengths import (  # noqa: E402
-    GROUP,
-    MAX_TOKENS,
-    PER_STEP,
-    SHAPE,
-    SHORT_MEAN,
-    give_two_mean_lengths,
-    write_prompts,
-)
+from tools.step_sides.compared_runs import ComparedRuns, CountedSteps  # noqa: E402
+from tools.step_sides.simulated_servers import simulate_steps  # noqa: E402
+from tools.step_sides.two_mean_lengths import GROUP, PER_STEP  # noqa: E402
 
 TARGET = 1.5
 WARM_STEPS = 5  # of each round
-CORRECTION = "algorithm.correction=token_truncated"
-ASYNCHRONOUS = ("train.max_staleness=2",)
 MEANS = (
     "time/step_seconds",
     "time/rollout_seconds",
@@ -61,30 +50,14 @@ MEANS = (
 )
 
 
-@dataclass(frozen=True)
-class CountedSteps:
-    """Lines of metrics.jsonl of the counted steps of one side."""
-
-    lines: Sequence[dict[str, Any]]
-
-    @property
-    def updates_per_hour(self) -> float:
-        """Updates per hour; a step makes one."""
-        return 3600.0 * len(self.lines) / float(sum(line["time/step_seconds"] for line in self.lines))
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Trained tokens per second of the steps."""
-        seconds = sum(line["time/step_seconds"] for line in self.lines)
-        return float(sum(line["train/num_loss_tokens"] for line in self.lines) / seconds)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return rates, and the mean of each metric that the side has."""
-        means = {name: statistics.mean(line[name] for line in self.lines) for name in MEANS if name in self.lines[0]}
-        rates = {"updates_per_hour": self.updates_per_hour, "tokens_per_second": self.tokens_per_second}
-        groups = [line["rollout/carried_groups"] for line in self.lines if "rollout/carried_groups" in line]
-        held = {"carried_groups_first": groups[0], "carried_groups_last": groups[-1]} if groups else {}
-        return {"steps": len(self.lines), **rates, **means, **held}
+def summary_of(steps: CountedSteps) -> dict[str, Any]:
+    """Return rates, and the mean of each metric that the side has."""
+    lines = steps.lines
+    means = {name: statistics.mean(line[name] for line in lines) for name in MEANS if name in lines[0]}
+    rates = {"updates_per_hour": steps.updates_per_hour, "tokens_per_second": steps.tokens_per_second}
+    groups = [line["rollout/carried_groups"] for line in lines if "rollout/carried_groups" in line]
+    held = {"carried_groups_first": groups[0], "carried_groups_last": groups[-1]} if groups else {}
+    return {"steps": len(lines), **rates, **means, **held}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,49 +67,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, default=13, help=f"steps per round, {WARM_STEPS} not counted (default: 13)"
     )
+    parser.add_argument("--max-staleness", type=int, default=2, help="train.max_staleness (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(argv)
+    if options.max_staleness < 1:
+        parser.error(f"--max-staleness={options.max_staleness} must be at least 1, the updates of a step")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended
-    folder = Path(tempfile.mkdtemp(prefix="bench_async_"))
-    try:
-        make_model(folder / "model", SHAPE, SHORT_MEAN)
-        give_two_mean_lengths(folder / "model")
-        write_prompts(folder / "prompts.jsonl", 4000)
-        with serving(folder) as url:
-            for done in range(1, options.rounds + 1):
-                for name, more in (("synchronous", ()), ("asynchronous", ASYNCHRONOUS)):
-                    _train(folder, name, done * options.steps, (f"engine.urls=['{url}']", *more))
-        synchronous, asynchronous = (
-            _read(folder / "runs" / name, options.steps) for name in ("synchronous", "asynchronous")
-        )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with TemporaryDirectory(prefix="bench_async_", ignore_cleanup_errors=True) as folder:
+        runs = ComparedRuns(Path(folder), 4000, ["algorithm.correction=token_truncated"])
+        with serving(Path(folder), runs.arguments) as url:
+            served = ("engine.placement=server", f"engine.urls=['{url}']")
+            asynchronous = (*served, f"train.max_staleness={options.max_staleness}")
+            ends = [done * options.steps for done in range(1, options.rounds + 1)]
+            runs.train_alternately({"synchronous": served, "asynchronous": asynchronous}, ends)
+        steps = {name: runs.counted_steps(name, WARM_STEPS, options.steps) for name in ("synchronous", "asynchronous")}
+        simulated = simulate_steps(steps["synchronous"], options.max_staleness, runs.arguments)
+    synchronous, asynchronous_steps = steps["synchronous"], steps["asynchronous"]
+    measured = statistics.mean(asynchronous_steps.seconds)
     found = {
         "name": "asynchrony",
-        "measured": asynchronous.updates_per_hour,
+        "measured": asynchronous_steps.updates_per_hour,
         "reference": synchronous.updates_per_hour,
-        "ratio": asynchronous.updates_per_hour / synchronous.updates_per_hour,
-        "ratio_tokens_per_second": asynchronous.tokens_per_second / synchronous.tokens_per_second,
+        "ratio": asynchronous_steps.updates_per_hour / synchronous.updates_per_hour,
+        "ratio_tokens_per_second": asynchronous_steps.tokens_per_second / synchronous.tokens_per_second,
         "unit": "updates/hour",
         "target": TARGET,
-        "asynchronous": asynchronous.as_json(),
-        "synchronous": synchronous.as_json(),
+        "asynchronous": summary_of(asynchronous_steps),
+        "synchronous": summary_of(synchronous),
+        "simulated": simulated | {"error": simulated["step_seconds"] / measured - 1},
         "conditions": f"{options.rounds} rounds of {options.steps} steps, {PER_STEP} prompts x {GROUP} rollouts, "
-        f"{' '.join(ASYNCHRONOUS)}, one server, 1 rank, {platform.processor() or platform.machine()}",
+        f"train.max_staleness={options.max_staleness}, one server, 1 rank, "
+        f"{platform.processor() or platform.machine()}, load average {os.getloadavg()[0]:.1f}",
     }
     print(json.dumps(found) if options.json else json.dumps(found, indent=2))
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Run an engine server; yield its address."""
+def serving(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
+    """Run an engine server with a config and overrides; yield its address.
+
+    Raises:
+        RuntimeError: the server exited before it listened.
+    """
     with (folder / "server.out").open("w") as out, (folder / "server.err").open("w") as err:
         server = subprocess.Popen(
-            [ROOT / "launch" / "serve.sh", *_arguments(folder)],
-            cwd=ROOT,
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
+            [ROOT / "launch" / "serve.sh", *arguments], cwd=ROOT, stdout=out, stderr=err, start_new_session=True
         )
     try:
         while "listening at " not in (printed := (folder / "server.out").read_text(encoding="utf-8")):
@@ -147,43 +122,6 @@ def serving(folder: Path) -> Iterator[str]:
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-
-
-def _arguments(folder: Path) -> list[str]:
-    return [
-        "configs/quickstart.yaml",
-        "run.world_size=1",
-        "model.base=null",
-        f"model.path={folder / 'model'}",
-        f"data.train={folder / 'prompts.jsonl'}",
-        "data.eval=null",
-        f"data.prompts_per_step={PER_STEP}",
-        f"sampling.group_size={GROUP}",
-        f"sampling.max_tokens={MAX_TOKENS}",
-        "reward.terms=[{name: length, args: {limit: 60, buffer: 60, kind: target}}]",
-        "reward.shuffle=true",
-        "algorithm.kl_coef=0",
-        CORRECTION,
-        "train.minibatches_per_epoch=1",
-        "optimizer.lr=1.0e-9",
-        "optimizer.min_lr=0",
-        "checkpoint.every=1000",
-        "observe.trackers=[]",
-    ]
-
-
-def _train(folder: Path, name: str, steps: int, more: Sequence[str]) -> None:
-    run = [f"run.dir={folder / 'runs' / name}", f"train.steps={steps}", "engine.placement=server", *more]
-    done = subprocess.run(
-        [ROOT / "launch" / "train.sh", *_arguments(folder), *run], cwd=ROOT, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"the {name} run failed:\n{done.stdout[-500:]}{done.stderr[-2000:]}")
-
-
-def _read(run: Path, steps_per_round: int) -> CountedSteps:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return CountedSteps([line for line in lines if (line["step"] - 1) % steps_per_round >= WARM_STEPS])
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -37,16 +36,7 @@ from grpo_mega.planner.simulation.partial import PartialSettings, simulate_parti
 from grpo_mega.planner.simulation.synchronous import simulate_synchronous  # noqa: E402
 from grpo_mega.planner.simulation.workload import SimulatedJob, colocated_mode  # noqa: E402
 from tools.bench_step import Side  # noqa: E402
-from tools.step_sides.model_folder import make_model  # noqa: E402
-from tools.step_sides.two_mean_lengths import (  # noqa: E402
-    GROUP,
-    MAX_TOKENS,
-    PER_STEP,
-    SHAPE,
-    SHORT_MEAN,
-    give_two_mean_lengths,
-    write_prompts,
-)
+from tools.step_sides.two_mean_lengths import GROUP, MAX_TOKENS, PER_STEP, write_model_and_prompts  # noqa: E402
 
 TARGET = 0.15
 WARM_STEPS, LENGTH_STEPS = 2, 10
@@ -106,12 +96,10 @@ def _non_negative_fit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Calibrate, make the steps of both jobs, simulate them, and return the comparison."""
-    make_model(folder / "model", SHAPE, SHORT_MEAN)
-    give_two_mean_lengths(folder / "model")
-    write_prompts(folder / "prompts.jsonl", 2000)
+    model, prompts = write_model_and_prompts(folder, 2000)
     settings = {
-        "model": str(folder / "model"),
-        "prompts": str(folder / "prompts.jsonl"),
+        "model": str(model),
+        "prompts": str(prompts),
         "num_prompts": PER_STEP,
         "group_size": GROUP,
         "max_tokens": MAX_TOKENS,
@@ -215,11 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, help="steps of each job that are compared (default: 10)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     options = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp(prefix="bench_simulator_"))
-    try:
-        result = measure(options, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with TemporaryDirectory(prefix="bench_simulator_", ignore_cleanup_errors=True) as folder:
+        result = measure(options, Path(folder))
     print(json.dumps(result) if options.json else json.dumps(result, indent=2))
     return 0 if result["largest_error"] <= TARGET else 1
 

@@ -1,4 +1,6 @@
-"""A model whose answers have a long-tailed length distribution, and prompts for it (bench_partial.py, bench_async.py).
+"""A model whose answers have a long-tailed length distribution, and prompts for it.
+
+tools/bench_partial.py, tools/bench_async.py and tools/bench_simulator.py train it.
 
 It ends an answer at every token with a probability that depends on the last token of the prompt: three quarters of the
 answers have a mean length of 36 tokens, and one quarter of 90, so that p99/p50 is about 8.
@@ -12,14 +14,23 @@ from pathlib import Path
 
 import torch
 
-from tools.step_sides.model_folder import FIRST_CHARACTER, SPECIAL_TOKENS, Architecture
+from tools.step_sides.model_folder import FIRST_CHARACTER, SPECIAL_TOKENS, Architecture, make_model
 
 SHORT_MEAN, LONG_MEAN, LONG_FRACTION = 36.0, 90.0, 0.25  # tokens
 MAX_TOKENS, PER_STEP, GROUP = 448, 16, 8
 SHAPE = Architecture(hidden_size=128, ffn_size=384, num_heads=4, num_kv_heads=2, vocab_size=512, max_positions=512)
 
 
-def give_two_mean_lengths(folder: Path) -> None:
+def write_model_and_prompts(folder: Path, num_prompts: int) -> tuple[Path, Path]:
+    """Write the model and prompts into `folder`; return the folder of the model and the file of the prompts."""
+    model, prompts = folder / "model", folder / "prompts.jsonl"
+    make_model(model, SHAPE, SHORT_MEAN)
+    _give_two_mean_lengths(model)
+    _write_prompts(prompts, num_prompts)
+    return model, prompts
+
+
+def _give_two_mean_lengths(folder: Path) -> None:
     """Divide the tokens of the model into two halves with their own mean lengths; each half continues with itself.
 
     Feature 1 of a hidden state is that of the last token's embedding, 16 for the short half and -16 for the long one.
@@ -52,7 +63,7 @@ def give_two_mean_lengths(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def write_prompts(path: Path, num_prompts: int) -> None:
+def _write_prompts(path: Path, num_prompts: int) -> None:
     """Write random prompts; the last token decides the mean length of the answers."""
     rng = random.Random(0)
     rows = []
