@@ -104,12 +104,13 @@ class PartialOracle:
         self.job, self.oversubmit, self.slice_tokens = job, oversubmit, slice_tokens
         self.max_staleness, self.quota = max_staleness, quota
         self.groups: list[Group] = []
-        self.dropped = 0
+        self.dropped = self.dropped_again = 0
 
     def step(self, version: int, draw: Callable[[int], NDArray[np.int64]]) -> tuple[float, list[Group]]:
         """Return the seconds of sampling and the groups of a step."""
-        old = [g for g in self.groups if not g.is_second and g.is_older_than(version - self.max_staleness)]
+        old = [g for g in self.groups if g.is_older_than(version - self.max_staleness)]
         self.dropped += len(old)
+        self.dropped_again += sum(g.is_second for g in old)
         self.groups = [g for g in self.groups if g not in old]
         self.groups += [Group([Answer(a.length) for a in g.answers], is_second=True) for g in old]
         missing = max(0, math.ceil(self.oversubmit * self.quota) - len(self.groups))
@@ -162,6 +163,7 @@ class ServerOracle:
         self.begun: set[Group] = set()
         self.order: list[Group] = []
         self.again: list[Group] = []
+        self.must_end: list[Group] = []
         self.num_prompts = 0
 
     @property
@@ -199,26 +201,30 @@ class ServerOracle:
         return [group for group in self.order if group.is_done]
 
     def take(self, quota: int) -> list[Group]:
-        """Remove and return the first groups that are complete."""
-        taken = self.ready[:quota]
+        """Remove and return the groups that must end, and the first others that are complete."""
+        others = [group for group in self.ready if group not in self.must_end]
+        chosen = [*self.must_end, *others[: quota - len(self.must_end)]]
+        taken = [group for group in self.order if group in chosen]
         self.order = [group for group in self.order if group not in taken]
         return taken
 
-    def take_older(self, version: int) -> int:
-        """Drop complete groups with older tokens, unless they were dropped before; return their number."""
-        old = [group for group in self.ready if not group.is_second and group.is_older_than(version)]
+    def drop(self, version: int) -> list[Group]:
+        """Drop groups with older tokens, and return them."""
+        old = [group for group in self.order if group.is_older_than(version)]
         self.order = [group for group in self.order if group not in old]
+        self.waiting = [(group, answer) for group, answer in self.waiting if group not in old]
+        self.running = [(group, answer) for group, answer in self.running if group not in old]
         self.again += [Group([Answer(a.length) for a in group.answers], is_second=True) for group in old]
-        return len(old)
+        return old
 
 
 def asynchronous_by_tokens(
     job: SimulatedJob, max_staleness: int, num_steps: int, seed: int
-) -> tuple[list[float], list[list[Group]], int]:
-    """Return the time at the end of each step, the groups of each step, and the number of dropped groups."""
+) -> tuple[list[float], list[list[Group]], list[Group]]:
+    """Return the time at the end of each step, the groups of each step, and the dropped groups."""
     rng, servers = np.random.default_rng(seed), [ServerOracle(job.engine, job.prompt_tokens) for _ in job.quotas]
     pairs = list(zip(servers, job.quotas, strict=True))
-    ends, batches, dropped, time, updates = [], [], 0, 0.0, job.updates_per_step
+    ends, batches, dropped, time, updates = [], [], list[Group](), 0.0, job.updates_per_step
 
     def begin(step: int) -> None:
         for server, quota in pairs:
@@ -229,21 +235,17 @@ def asynchronous_by_tokens(
             server.waiting += [(group, answer) for group in [*server.again, *new] for answer in group.answers]
             server.again = []
             if server.waiting and len(server.running) < job.engine.max_running:
-                if server.running and server.time < time:
-                    server.step(step * updates)
                 server.time = max(server.time, time)
                 server.begin_waiting()
 
     for step in range(num_steps):
         version = step * updates
+        limit = version + updates - max_staleness  # older second groups would be too old in the next step
+        for server, quota in pairs:
+            dropped += server.drop(version - max_staleness)
+            server.must_end = [g for g in server.order if g.is_second and g.is_older_than(limit)][:quota]
         begin(step)
-        while True:
-            old = [s.take_older(version - max_staleness) for s in servers]
-            if any(old):
-                dropped += sum(old)
-                begin(step)
-            if all(len(server.ready) >= quota for server, quota in pairs):
-                break
+        while not all(len(s.ready) >= quota and all(g.is_done for g in s.must_end) for s, quota in pairs):
             server = min(servers, key=lambda s: s.end_of_step)
             if server.step(version):
                 time = max(time, server.time)

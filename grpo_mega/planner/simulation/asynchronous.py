@@ -1,14 +1,15 @@
 """Simulates engine servers that sample while the policy trains (`train.max_staleness`).
 
-- Each server samples a prompt shard, and its complete groups enter a buffer. A step takes from each shard its quota of
-  complete groups, those that were begun first. Groups with a token that is more than `max_staleness` versions old are
-  dropped, and their prompts are sampled again.
+- Each server samples a prompt shard. A step takes from each shard its quota of complete groups, those that were begun
+  first.
+- At the start of a step, groups with a token that is more than `max_staleness` versions old are dropped, and their
+  prompts are sampled again. A step waits for second groups that would be too old in the next one, up to its quota.
 - While the policy trains on step k, groups are begun up to those of step k + `max_staleness` / updates of a step.
 - After each step the servers receive the new weights between two decode steps. They pause for the sync, compute the KV
   cache of their running rollouts again with the new weights, and continue.
 
-It differs from docs/asynchrony.md in two ways. There are no slices: another rollout takes the place of a complete one
-at once, and a pause can begin after any decode step. And no step waits for a group that was begun a second time.
+It differs from docs/asynchrony.md in one way. There are no slices: another rollout takes the place of a complete one at
+once, and a pause can begin after any decode step.
 
 Events are ends of rollouts, ends of steps of the policy, and weight syncs. Asserted by
 tests/unit/planner/simulation/test_asynchronous.py.
@@ -31,22 +32,22 @@ class _Group:
     """A group of a prompt shard.
 
     Attributes:
-        number: position in the order in which the groups of the shard were begun.
         lengths: tokens of each rollout.
         num_open: rollouts that are not complete.
         versions: sum of the versions of the sampled tokens.
         oldest: version of the first token; None before it.
         has_prompt: True if the engine has computed the prompt.
-        is_second: True if its prompt was dropped before; it is not dropped again.
+        is_second: True if a group of its prompt was dropped before.
+        is_reserved: True if the step waits for it.
     """
 
-    number: int
     lengths: list[int]
     num_open: int
     versions: int = 0
     oldest: int | None = None
     has_prompt: bool = False
     is_second: bool = False
+    is_reserved: bool = False
 
     def count(self, tokens: int, version: int) -> None:
         """Count tokens that weights of this version sampled."""
@@ -55,8 +56,8 @@ class _Group:
             self.oldest = version
 
     def is_older_than(self, version: int) -> bool:
-        """Return True if older weights sampled a token; False for a group that was dropped before."""
-        return not self.is_second and self.oldest is not None and self.oldest < version
+        """Return True if older weights sampled a token."""
+        return self.oldest is not None and self.oldest < version
 
 
 @dataclass
@@ -75,11 +76,12 @@ class _Server:
         marks: number of a running rollout -> decode step up to which the versions of its tokens are counted.
         cached: tokens in the KV cache.
         waiting: rollouts (group, length) that wait until fewer than `max_running` rollouts run.
-        ready: complete groups that no step has taken.
+        groups: open and complete groups that no step has taken, in the order in which they were begun.
+        num_ready: number of complete groups among them.
+        num_awaited: number of groups for which the step waits and that are not complete.
         again: dropped groups whose prompts are sampled next.
         num_rollouts: rollouts started so far.
-        num_groups: groups begun so far, with those of dropped prompts.
-        num_taken: new prompts begun so far.
+        num_prompts: new prompts begun so far.
     """
 
     cost: EngineCost
@@ -93,33 +95,58 @@ class _Server:
     marks: dict[int, int] = field(default_factory=dict)
     cached: int = 0
     waiting: deque[tuple[_Group, int]] = field(default_factory=deque)
-    ready: list[_Group] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
+    num_ready: int = 0
+    num_awaited: int = 0
     again: list[_Group] = field(default_factory=list)
     num_rollouts: int = 0
-    num_groups: int = 0
-    num_taken: int = 0
+    num_prompts: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """True if the groups of a step are complete."""
+        return self.num_ready >= self.quota and self.num_awaited == 0
 
     def begin(self, lengths: list[list[int]]) -> None:
         """Append to `waiting` the dropped groups, and then new groups with these lengths."""
-        self.num_taken += len(lengths)
+        self.num_prompts += len(lengths)
         for row, is_second in [*((group.lengths, True) for group in self.again), *((row, False) for row in lengths)]:
-            group = _Group(self.num_groups, row, len(row), is_second=is_second)
-            self.num_groups += 1
+            group = _Group(row, len(row), is_second=is_second)
+            self.groups.append(group)
             self.waiting.extend((group, length) for length in row)
         self.again.clear()
 
     def drop(self, version: int) -> int:
-        """Drop ready groups with a token of older weights, and return their number."""
-        old = [group for group in self.ready if group.is_older_than(version)]
-        self.ready = [group for group in self.ready if group not in old]
-        self.again += old
+        """Drop groups with a token of weights before `version`, and return their number."""
+        old = {group for group in self.groups if group.is_older_than(version)}
+        if not old:
+            return 0
+        self.again += [group for group in self.groups if group in old]
+        self.groups = [group for group in self.groups if group not in old]
+        self.num_ready -= sum(group.num_open == 0 for group in old)
+        self.waiting = deque(each for each in self.waiting if each[0] not in old)
+        for end, number, group, length in self.running:
+            if group in old:
+                del self.marks[number]
+                self.cached -= self.prompt_tokens + length - (end - self.steps)
+        self.running = [each for each in self.running if each[2] not in old]
+        heapq.heapify(self.running)
         return len(old)
 
+    def reserve(self, version: int) -> None:
+        """Let the step wait for its quota of second groups with a token of weights before `version`."""
+        seconds = [group for group in self.groups if group.is_second and group.is_older_than(version)]
+        for group in seconds[: self.quota]:
+            group.is_reserved = True
+            self.num_awaited += group.num_open > 0
+
     def take(self) -> list[_Group]:
-        """Remove and return the groups of a step: the ready groups that were begun first."""
-        self.ready.sort(key=lambda group: group.number)
-        taken, self.ready = self.ready[: self.quota], self.ready[self.quota :]
-        return taken
+        """Remove and return the groups of a step, in their order: those it waited for, and the first complete ones."""
+        ready = [group for group in self.groups if group.num_open == 0]
+        chosen = set(sorted(ready, key=lambda group: not group.is_reserved)[: self.quota])  # stable
+        self.groups = [group for group in self.groups if group not in chosen]
+        self.num_ready -= len(chosen)
+        return [group for group in ready if group in chosen]
 
     def admit(self) -> None:
         """Start waiting rollouts, up to `max_running`; the prompt of a group is computed for its first rollout."""
@@ -166,7 +193,8 @@ class _Server:
             self.cached -= self.prompt_tokens + length
             group.num_open -= 1
             if group.num_open == 0:
-                self.ready.append(group)
+                self.num_ready += 1
+                self.num_awaited -= group.is_reserved
         self.admit()
 
     def push(self, version: int, pause: float) -> None:
@@ -221,6 +249,7 @@ class AsynchronousRun:
         for step in range(warm_steps + num_steps):
             if step == warm_steps:
                 measured, waited = self._state(), 0.0
+            self._drop_old_groups()
             self._begin_groups()
             waited += self._wait_for_groups()
             batch = [group for server in self._servers for group in server.take()]
@@ -265,7 +294,7 @@ class AsynchronousRun:
         job = self._job
         for server in self._servers:
             allowed = (self._step + 1 + self._ahead) * server.quota
-            drawn = job.lengths.draw(self._rng, max(0, allowed - server.num_taken), job.group_size)
+            drawn = job.lengths.draw(self._rng, max(0, allowed - server.num_prompts), job.group_size)
             server.begin(drawn.tolist())
             if server.waiting and len(server.running) < job.engine.max_running:
                 server.advance(self._time, self._version)
@@ -274,11 +303,9 @@ class AsynchronousRun:
     def _wait_for_groups(self) -> float:
         """Simulate the servers until each has the groups of a step; return the seconds for which the policy waits."""
         begin = self._time
-        while True:
-            self._drop_old_groups()
-            if all(len(server.ready) >= server.quota for server in self._servers):
-                return self._time - begin
+        while not all(server.is_ready for server in self._servers):
             self._time = max(self._time, self._next_end())
+        return self._time - begin
 
     def _next_end(self) -> float:
         """Simulate up to the next end of a rollout; return its time."""
@@ -288,11 +315,11 @@ class AsynchronousRun:
         return server.time
 
     def _drop_old_groups(self) -> None:
-        """Drop ready groups that are too old, and begin groups of their prompts again."""
-        dropped = sum(server.drop(self._version - self._max_staleness) for server in self._servers)
-        self._dropped += dropped
-        if dropped:
-            self._begin_groups()
+        """Drop groups that are too old for the step, and reserve places for second groups."""
+        oldest = self._version - self._max_staleness
+        for server in self._servers:
+            self._dropped += server.drop(oldest)
+            server.reserve(oldest + self._job.updates_per_step)
 
     def _record(self, batch: list[_Group]) -> None:
         tokens = sum(sum(group.lengths) for group in batch)

@@ -116,7 +116,7 @@ class PartialShard:
     def _fill(self, version: int) -> int:
         """Drop groups that are too old, begin new ones, and return the number of dropped groups."""
         groups, job = self._groups, self._job
-        is_old = ~groups.is_second & (groups.oldest < version - self._settings.max_staleness)
+        is_old = groups.oldest < version - self._settings.max_staleness
         again = _OpenGroups.new(groups.lengths[is_old], is_second=True)
         groups = groups.select(~is_old).joined(again)
         missing = max(0, math.ceil(self._settings.oversubmit * self._quota) - len(groups.oldest))

@@ -8,7 +8,8 @@ import pytest
 from grpo_mega.planner.simulation.asynchronous import AsynchronousRun
 from grpo_mega.planner.simulation.costs import EngineCost, PolicyCost
 from grpo_mega.planner.simulation.lengths import AnswerLengths
-from tests.helpers.token_simulation import asynchronous_by_tokens, cost_of, job_of
+from grpo_mega.planner.simulation.workload import SimulatedJob
+from tests.helpers.token_simulation import Group, asynchronous_by_tokens, cost_of, job_of
 
 
 def one_rollout_job(train_seconds: float) -> object:
@@ -43,10 +44,22 @@ def test_without_staleness_the_sides_alternate() -> None:
     assert (run.staleness_mean, run.staleness_max, run.dropped_groups) == (0.0, 0, 0.0)
 
 
-@pytest.mark.parametrize(("max_staleness", "max_running"), [(0, 5), (2, 5), (2, 64), (4, 64), (8, 9)])
+@pytest.mark.parametrize(("max_staleness", "max_running"), [(0, 5), (2, 5), (2, 64), (4, 64), (4, 9), (8, 9)])
 @pytest.mark.parametrize("train", [2.0, 60.0])
 def test_times_and_versions_are_those_of_the_oracle(max_staleness: int, max_running: int, train: float) -> None:
     job = job_of(cost_of(max_running), policy=PolicyCost(train, 0.01, sync=0.5), server_devices=2)
+    check_with_oracle(job, max_staleness)
+
+
+def test_second_groups_beyond_the_quota_are_dropped_again() -> None:
+    """Short answers make steps fast, so that many long ones become too old at the same time."""
+    lengths = AnswerLengths("test", 200, (*[np.arange(1, 4)] * 3, np.arange(180, 200)))
+    job = job_of(cost_of(64), lengths=lengths, updates_per_step=1, policy=PolicyCost(2.0, 0.0), server_devices=2)
+    assert any(group.is_second for group in check_with_oracle(job, 8))
+
+
+def check_with_oracle(job: SimulatedJob, max_staleness: int) -> list[Group]:
+    """Compare 25 steps with the oracle; return the dropped groups."""
     run = AsynchronousRun(job, max_staleness, seed=4)
     mode = run.run(25, 0)
     ends, batches, dropped = asynchronous_by_tokens(job, max_staleness, 25, seed=4)
@@ -55,7 +68,7 @@ def test_times_and_versions_are_those_of_the_oracle(max_staleness: int, max_runn
         [[answer.length for answer in group.answers] for group in batch] for batch in batches
     ]
     ages = [
-        2 * step - version
+        job.updates_per_step * step - version
         for step, batch in enumerate(batches)
         for group in batch
         for answer in group.answers
@@ -63,4 +76,6 @@ def test_times_and_versions_are_those_of_the_oracle(max_staleness: int, max_runn
     ]
     assert mode.staleness_mean == pytest.approx(np.mean(ages))
     assert mode.staleness_max == max(ages)
-    assert mode.dropped_groups * 25 == pytest.approx(dropped)
+    assert mode.staleness_max <= max_staleness
+    assert mode.dropped_groups * 25 == pytest.approx(len(dropped))
+    return dropped
