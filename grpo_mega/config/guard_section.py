@@ -153,7 +153,7 @@ class GuardConfig(Section):
     """Longest time without progress in a phase, in seconds, by phase. Progress: a rank enters a phase or a collective,
     or its engine makes a step. After it the launcher reports the rank that the others wait for, and ends the job.
     Default: the larger of 60 and 6 times the median of the phase; before it is known, `guard.timeout_seconds`, and none
-    for `start`."""
+    for `start`. While ranks wait for what is sampled during training: 60 more than `guard.timeout_seconds`."""
     max_mismatch: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
     """Largest difference between the log-probs of policy and engine in a step, in nats, over tokens with a probability
     above 1e-3 in one of them. In fp32 one token beyond it stops the run. In bf16 and FP8, and for experts without

@@ -1,7 +1,8 @@
 """The report of a stalled job: the ranks that wait, the rank that they wait for, and the stacks of all.
 
 A rank waits if the top of its main thread's stack is in a collective or in a wait for another rank. The others wait for
-the ranks with a stopped process; else for those that do not wait; else for those that are least far.
+the ranks with a stopped process; else for those that wait for a background thread of their own; else for those that do
+not wait; else for those that are least far.
 Imports no torch. Asserted by tests/unit/launch/test_stall_report.py.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from grpo_mega.launch import processes
 from grpo_mega.launch.stall_watch import RankStatus
-from grpo_mega.parallel.heartbeat import STACKS_SIGNAL, stacks_file
+from grpo_mega.parallel.heartbeat import OTHER_RANKS, STACKS_SIGNAL, stacks_file
 
 _STACK_SECONDS = 1.5
 _PY_SPY_SECONDS = 3.0
@@ -79,6 +80,8 @@ def awaited_ranks(ranks: Sequence[RankStatus], stacks: Mapping[int, str]) -> lis
     stopped = [each for each in ranks if each.stopped]
     if stopped:
         return stopped
+    if own := [each for each in ranks if each.awaited not in ("", OTHER_RANKS)]:
+        return own
     busy = [each for each in ranks if not is_waiting(stacks.get(each.rank, ""))]
     if 0 < len(busy) < len(ranks):
         return busy
@@ -88,7 +91,7 @@ def awaited_ranks(ranks: Sequence[RankStatus], stacks: Mapping[int, str]) -> lis
 
 def describe(rank: RankStatus) -> str:
     """Return one line about a rank."""
-    state = ""
+    state = f"; it waits for {rank.awaited}" if rank.awaited else ""
     if rank.stopped:
         which = "its process" if rank.pid in rank.stopped else f"process {rank.stopped[0]} of its engine"
         state = f"; {which} is stopped (SIGSTOP, or a debugger)"

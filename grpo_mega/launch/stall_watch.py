@@ -7,7 +7,10 @@ rank has made progress for longer than the limits of all.
 
 The limit of a phase is `guard.phase_limits`, else the larger of 60 s and 6 times the median of its time per step. Until
 a phase has been measured, it is `guard.timeout_seconds`, and 60 s for a stopped process; the start, which may read
-hundreds of gigabytes, has none then. Imports no torch. Asserted by tests/unit/launch/test_stall_watch.py.
+hundreds of gigabytes, has none then. While ranks wait for background threads (`Beat.awaited`), the time of the phase
+says nothing about the length of a call: the limit is then `guard.phase_limits`, else 60 s more than
+`guard.timeout_seconds`, within which a client reports a server that is not responding.
+Imports no torch. Asserted by tests/unit/launch/test_stall_watch.py.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class RankStatus:
     """State of a rank, read without its cooperation.
 
     `idle_seconds`: since its last progress. `limit_seconds`: of its phase. `stopped`: its stopped processes, the rank
-    itself or processes of its engine. `engines`: processes of its engine.
+    itself or processes of its engine. `engines`: processes of its engine. `awaited`: see `Beat`.
     """
 
     rank: int
@@ -63,6 +66,7 @@ class RankStatus:
     limit_seconds: float
     stopped: tuple[int, ...] = ()
     engines: tuple[int, ...] = ()
+    awaited: str = ""
 
     @property
     def is_late(self) -> bool:
@@ -182,16 +186,20 @@ class StallWatch:
                     beat.step,
                     sum(beat.collectives.values()),
                     now - clock.moved,
-                    self._limit(beat.phase, clock, is_stopped=bool(stopped)),
+                    self._limit(beat, clock, is_stopped=bool(stopped)),
                     stopped,
                     self._engines[local],
+                    beat.awaited,
                 )
             )
         return found
 
-    def _limit(self, phase: str, clock: _RankClock, *, is_stopped: bool) -> float:
+    def _limit(self, beat: Beat, clock: _RankClock, *, is_stopped: bool) -> float:
+        phase = beat.phase
         if phase in self._limits.phases:
             return self._limits.phases[phase]
+        if beat.awaited and not is_stopped:
+            return self._limits.timeout_seconds + LEAST_SECONDS
         median = None if phase == OUTSIDE else clock.median(phase)
         if median is not None:
             return max(LEAST_SECONDS, _TIMES_MEDIAN * median)

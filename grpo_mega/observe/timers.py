@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from grpo_mega.observe.trace.recorder import TraceRecorder
 from grpo_mega.parallel.heartbeat import OUTSIDE, RankHeartbeat
@@ -77,6 +77,16 @@ class PhaseTimer:
         """Add a counter to the heartbeats, which grows while the rank makes progress inside of a phase."""
         if self._heartbeat is not None:
             self._heartbeat.count(counter)
+
+    @contextmanager
+    def waiting_for(self, awaited: Callable[[], str]) -> Iterator[None]:
+        """Show the launcher, in the `with` block, that this rank waits for threads; see `RankHeartbeat.waiting_for`.
+
+        Args:
+            awaited: names these threads, or is `heartbeat.OTHER_RANKS`.
+        """
+        with nullcontext() if self._heartbeat is None else self._heartbeat.waiting_for(awaited):
+            yield
 
     def start_step(self) -> None:
         """Reset the seconds of the current step."""

@@ -3,6 +3,8 @@
 A rank writes its phase, its step and counters that only grow while it makes progress: entered phases, steps of its
 engine, and, per process group, the sequence number of the last collective. A thread samples the counters twice a
 second. The launcher reads the file without any cooperation of the rank, which may be stopped or wait in a library.
+A rank that waits for a background thread enters collectives all the time, so that no rank times out. It writes for what
+it waits, and these collectives are not progress.
 On SIGUSR2 Python's faulthandler writes the stacks of all threads into a file, also while the process waits in a
 library. Imports no torch: the launcher uses this module.
 Asserted by tests/unit/parallel/test_heartbeat.py.
@@ -20,8 +22,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,12 +34,15 @@ _FILE = "heartbeats"
 _SLOT_BYTES = 8192  # of one rank
 _NUMBERS = struct.Struct("<qqqqq")  # process, step, entered phases, start of the phase [ns], progress of engines
 _PHASE_AT, _PHASE_BYTES = 64, 64
-_GROUPS_AT = 128
+_AWAITED_AT, _AWAITED_BYTES = 128, 128
+_GROUPS_AT = 256
 _SAMPLE_SECONDS = 0.5
 _STOP_SECONDS = 2.0
 _START = "start"
 OUTSIDE = "outside"
 """Phase of a rank between its phases, for example while it writes its last files and exits."""
+OTHER_RANKS = "other ranks"
+"""`Beat.awaited` of a rank that waits for background threads of other ranks only."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Beat:
     """The last heartbeat of a rank.
 
     `phase_started`: `time.monotonic()` in seconds, which is the same for all processes of a machine. `collectives`:
-    process group -> sequence number of the last collective that the rank has entered.
+    process group -> sequence number of the last collective that the rank has entered. `awaited`: threads of this rank
+    for which it waits, or `OTHER_RANKS`; empty outside of `RankHeartbeat.waiting_for`.
     """
 
     pid: int = 0
@@ -55,11 +61,13 @@ class Beat:
     engine_steps: int = 0
     phase: str = _START
     collectives: Mapping[str, int] = field(default_factory=dict)
+    awaited: str = ""
 
     @property
     def progress(self) -> tuple[int, ...]:
-        """Numbers of which at least one grows while the rank makes progress."""
-        return self.step, self.entered_phases, self.engine_steps, sum(self.collectives.values())
+        """Numbers of which at least one changes while the rank makes progress."""
+        collectives = 0 if self.awaited else sum(self.collectives.values())
+        return self.step, self.entered_phases, self.engine_steps, collectives
 
 
 def make_heartbeats(folder: Path, num_ranks: int) -> None:
@@ -79,11 +87,16 @@ def _read_slot(slot: bytes) -> Beat:
     pid, step, entered, started, engine_steps = _NUMBERS.unpack_from(slot)
     if pid == 0:
         return Beat()
-    phase = slot[_PHASE_AT : _PHASE_AT + _PHASE_BYTES].partition(b"\0")[0].decode(errors="replace")
+    phase = _text(slot, _PHASE_AT, _PHASE_BYTES)
     collectives: dict[str, int] = {}
     with suppress(ValueError):  # the rank is writing them at this moment, or has died while it did
         collectives = dict(json.loads(slot[_GROUPS_AT:].partition(b"\0")[0]))
-    return Beat(pid, step, entered, started / 1e9, engine_steps, phase or _START, collectives)
+    awaited = _text(slot, _AWAITED_AT, _AWAITED_BYTES)
+    return Beat(pid, step, entered, started / 1e9, engine_steps, phase or _START, collectives, awaited)
+
+
+def _text(slot: bytes, at: int, size: int) -> str:
+    return slot[at : at + size].partition(b"\0")[0].decode(errors="replace")
 
 
 class RankHeartbeat:
@@ -94,6 +107,7 @@ class RankHeartbeat:
         self._memory: mmap.mmap | None = None
         self._counters: list[Callable[[], int]] = []
         self._step = self._entered = 0
+        self._awaited: Callable[[], str] | None = None
         if folder is None:
             return
         with (folder / _FILE).open("r+b") as file:
@@ -118,8 +132,7 @@ class RankHeartbeat:
             return
         self._entered += 1
         self._phase_started = time.monotonic_ns()
-        at = self._start + _PHASE_AT
-        self._memory[at : at + _PHASE_BYTES] = name.encode()[: _PHASE_BYTES - 1].ljust(_PHASE_BYTES, b"\0")
+        self._write_text(_PHASE_AT, _PHASE_BYTES, name)
         self._write()
 
     def step(self) -> None:
@@ -131,8 +144,30 @@ class RankHeartbeat:
         """Add a counter, for example of the steps of an engine. The thread calls it twice a second."""
         self._counters.append(counter)
 
+    @contextmanager
+    def waiting_for(self, awaited: Callable[[], str]) -> Iterator[None]:
+        """Write that this rank waits, in the `with` block, for background threads. Its collectives are not progress.
+
+        Args:
+            awaited: returns `Beat.awaited`, which is not empty. The thread calls it twice a second.
+        """
+        self._awaited = awaited
+        self._write()
+        try:
+            yield
+        finally:
+            self._awaited = None
+            self._write()
+
+    def _write_text(self, at: int, size: int, text: str) -> None:
+        assert self._memory is not None, "a rank without a folder writes nothing"
+        start = self._start + at
+        self._memory[start : start + size] = text.encode()[: size - 1].ljust(size, b"\0")
+
     def _write(self) -> None:
         if self._memory is not None:
+            awaited = self._awaited
+            self._write_text(_AWAITED_AT, _AWAITED_BYTES, "" if awaited is None else awaited())
             engine_steps = sum(counter() for counter in self._counters)
             numbers = (os.getpid(), self._step, self._entered, self._phase_started, engine_steps)
             _NUMBERS.pack_into(self._memory, self._start, *numbers)

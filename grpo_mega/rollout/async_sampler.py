@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import numpy as np
 
@@ -23,16 +24,20 @@ from grpo_mega.config.schema import Config
 from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.array_collectives import ArrayCollectives
+from grpo_mega.parallel.heartbeat import OTHER_RANKS
 from grpo_mega.rollout.background_sampler import BackgroundSampler, SliceRequest
 from grpo_mega.rollout.carried_rollouts import CarriedRollouts, PromptOf, PromptShard
+from grpo_mega.rollout.engine_calls import EngineCallError
 from grpo_mega.rollout.partial_sampler import drop_unfit
 from grpo_mega.rollout.rollout_buffer import BufferMetrics, TakenGroups
 from grpo_mega.rollout.sampled_groups import AsyncWaits, SampledGroups, StepCarry
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.rollout.step_quota import gather_step
-from grpo_mega.types import SamplingRequest
+from grpo_mega.types import SamplingRequest, UserError
 
 log = logging.getLogger(__name__)
+_ENGINE, _OTHER, _USER = 1, 2, 3  # kinds of failures; the largest one of all ranks decides
+_MAX_TEXT_BYTES = 4000
 
 
 @dataclass
@@ -49,7 +54,8 @@ class AsyncSampler:
         policy_version: returns the number of updates behind the engine's weights.
         add_gauges: adds the gauges of the engine to those of the step.
         component_names: names of all reward terms, in the order of the config.
-        beat_seconds: longest time for which a rank waits without a collective, so that no rank times out.
+        beat_seconds: longest time for which a rank waits without a collective, so that no rank times out. These
+            collectives are not progress: the launcher finds a call of a thread that does not end (heartbeat.py).
     """
 
     make_background: Callable[[CarriedRollouts], BackgroundSampler] | None
@@ -101,7 +107,7 @@ class AsyncSampler:
         """Pause sampling for a weight sync; the sampler continues with the new weights. Collective.
 
         Raises:
-            SamplingFailedError: on every rank, if sampling has failed on one.
+            SamplingFailedError, UserError, RuntimeError: see `require_running`.
         """
         with self.pausing_sampling():
             yield
@@ -123,7 +129,7 @@ class AsyncSampler:
         """Pause sampling and scoring for an evaluation, which uses the same server and workers. Collective.
 
         Raises:
-            SamplingFailedError: on every rank, if sampling has failed on one.
+            SamplingFailedError, UserError, RuntimeError: see `require_running`.
         """
         with self._paused(["sampling", "scoring"]):
             yield
@@ -137,36 +143,73 @@ class AsyncSampler:
 
         with nullcontext() if background is None else background.paused(names):
             try:
-                while self.require_running(is_waiting=is_busy()):
-                    pass
+                self.wait_while(is_busy)
                 self.wait_seconds += time.monotonic() - start
                 yield
             except BaseException:
                 self.close()  # before the pause ends: no thread may use an engine that the caller rebuilds or closes
                 raise
 
+    def wait_while(self, is_waiting: Callable[[], bool]) -> None:
+        """Wait until `is_waiting` returns False on all ranks. Collective.
+
+        Args:
+            is_waiting: waits for threads of this rank, for at most `beat_seconds`; True if it must be called again.
+
+        Raises:
+            SamplingFailedError, UserError, RuntimeError: see `require_running`.
+        """
+        with self.timers.waiting_for(self._awaited):
+            while self.require_running(is_waiting=is_waiting()):
+                pass
+
     def require_running(self, *, is_waiting: bool = False) -> bool:
         """Raise if sampling has failed on any rank; return True if `is_waiting` is True on any rank. Collective.
 
+        The threads of all ranks are stopped before an error is raised. An error that is not the engine's has priority:
+        it is raised on the rank that has it, and a UserError or a RuntimeError with its text on all others.
+
         Args:
-            is_waiting: True if this rank waits for the groups of a step, or for the end of a call of the engine.
+            is_waiting: True if this rank waits for the groups of a step, or for the end of a call of a thread.
 
         Raises:
-            SamplingFailedError: on every rank, if sampling has failed on one. The threads of all ranks are stopped.
+            SamplingFailedError: on every rank, if only engines have failed.
+            UserError: on every rank, if the input of a reward or an environment is wrong.
+            RuntimeError: sampling or scoring failed for another reason.
         """
         ranks, background = self.collectives.ranks, self.background
         failure = None if background is None else background.failure
         mine = np.zeros(self.collectives.world_size + 1)
-        mine[ranks.rank] = failure is not None
+        mine[ranks.rank] = _kind_of(failure)
         mine[-1] = is_waiting
         found = self.collectives.sum(mine)
-        failed = np.flatnonzero(found[:-1]).tolist()
-        if not failed:
+        kinds = found[:-1]
+        if not kinds.any():
             return bool(found[-1])
         self.close()
-        where = f"rank {', '.join(map(str, failed))}"
-        reason = "the log of that rank has the reason" if failure is None else f"{type(failure).__name__}: {failure}"
-        raise SamplingFailedError(f"sampling failed on {where}: {reason}")
+        if kinds.max() == _ENGINE:
+            where = f"rank {', '.join(map(str, np.flatnonzero(kinds).tolist()))}"
+            raise SamplingFailedError(f"sampling failed on {where}: {failure or 'the log of that rank has the reason'}")
+        self._raise_failure(failure, int(kinds.argmax()), is_user_error=kinds.max() == _USER)
+
+    def _raise_failure(self, failure: BaseException | None, first: int, *, is_user_error: bool) -> NoReturn:
+        """Raise the error of rank `first` on every rank. Collective."""
+        text = np.zeros(_MAX_TEXT_BYTES)
+        if self.collectives.ranks.rank == first:
+            content = str(failure) if is_user_error else f"{type(failure).__name__}: {failure}"
+            encoded = np.frombuffer(content.encode()[:_MAX_TEXT_BYTES], np.uint8)
+            text[: len(encoded)] = encoded
+        received = bytes(self.collectives.sum(text).astype(np.uint8)).rstrip(b"\0").decode(errors="replace")
+        if self.collectives.ranks.rank == first and isinstance(failure, Exception):
+            raise failure
+        if is_user_error:
+            raise UserError(received)
+        raise RuntimeError(f"sampling during training failed on rank {first}: {received}") from failure
+
+    def _awaited(self) -> str:
+        """Return for what this rank waits, for the launcher."""
+        threads = [] if self.background is None else self.background.busy_threads()
+        return f"the call of its thread {' and '.join(threads)}" if threads else OTHER_RANKS
 
     def close(self) -> None:
         """Stop the sampling threads. `begin` starts them again, with the same groups."""
@@ -191,12 +234,12 @@ class AsyncStep:
 
     def first(self) -> SampledGroups:
         """Wait for the groups of the step, and return them."""
-        owner, start, is_ready = self._owner, time.monotonic(), False
-        while True:
-            background = owner.background
-            is_ready = background is None or background.wait_until_ready(owner.beat_seconds)
-            if not owner.require_running(is_waiting=not is_ready):
-                break
+        owner, start, background = self._owner, time.monotonic(), self._owner.background
+
+        def is_waiting() -> bool:
+            return background is not None and not background.wait_until_ready(owner.beat_seconds)
+
+        owner.wait_while(is_waiting)
         owner.wait_seconds += time.monotonic() - start
         taken = TakenGroups((), {}, self._rest)
         if background is not None:
@@ -229,3 +272,11 @@ class AsyncStep:
         dropped, num_groups, num_tokens, ready = (int(n) for n in found[:, :4].sum(axis=0).tolist())
         waits = AsyncWaits(ready, float(found[:, 5].max()), float(found[:, 4].max()))
         return replace(groups, carry=StepCarry(rest, self._version, dropped, num_groups, num_tokens, waits))
+
+
+def _kind_of(failure: BaseException | None) -> int:
+    if failure is None:
+        return 0
+    if isinstance(failure, EngineCallError):
+        return _ENGINE
+    return _USER if isinstance(failure, UserError) else _OTHER

@@ -4,6 +4,7 @@ One thread samples slices of all open groups (slices.py), and another one scores
 delays no slice. A thread can be paused between two slices, or between two calls of the reward workers. A weight sync
 pauses the sampling thread, and an evaluation pauses both. The engine gets prompt and tokens so far with each slice.
 After a weight sync it computes their KV cache again; every token keeps the version of the weights that sampled it.
+An exception of a thread ends both threads. `failure` is an EngineCallError only if the engine itself has failed.
 Asserted by tests/unit/rollout/test_async_sampler.py.
 """
 
@@ -19,11 +20,12 @@ from dataclasses import dataclass, replace
 from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.observe.log import FILE_ONLY
 from grpo_mega.rollout.carried_rollouts import OpenGroup
+from grpo_mega.rollout.engine_calls import MarkedEngine
 from grpo_mega.rollout.rollout_buffer import RolloutBuffer
 from grpo_mega.rollout.sampler import derived_seed
 from grpo_mega.rollout.scoring import RolloutScoring
 from grpo_mega.rollout.slices import SliceSampler
-from grpo_mega.types import Completion, Prompt, SamplingRequest
+from grpo_mega.types import SamplingRequest
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ class BackgroundSampler:
         take_gauges: Callable[[], EngineGauges],
         cancelled: threading.Event,
     ) -> None:
-        self.buffer, self._slices, self._scoring = buffer, slices, scoring
+        self.buffer, self._scoring = buffer, scoring
+        self._slices = replace(slices, engine=MarkedEngine(slices.engine))
         self._take_gauges, self._cancelled = take_gauges, cancelled
         self._changed = buffer.changed
         self.threads: list[threading.Thread] = []
@@ -74,6 +77,8 @@ class BackgroundSampler:
         self._gauges = EngineGauges()
         self.failure: BaseException | None = None
         """Exception of a thread, after which both threads end; None while they run, and after `stop`."""
+        self.num_calls = 0
+        """Slices and calls of the reward workers that ended; it grows while the threads make progress."""
 
     def start(self, request: SliceRequest) -> None:
         """Use the request of a step from the next slice on; start the threads if they do not run."""
@@ -121,6 +126,10 @@ class BackgroundSampler:
         """Wait for the end of the calls of these threads, at most for `seconds`; return True if there is no call."""
         with self._changed:
             return self._changed.wait_for(lambda: not any(self._busy[name] for name in names), seconds)
+
+    def busy_threads(self) -> list[str]:
+        """Return the names of the threads that are in a call of the engine, or of the reward workers."""
+        return [name for name, is_busy in self._busy.items() if is_busy]
 
     def weights_changed(self) -> None:
         """Note that the engine has new weights. Sampling must be paused."""
@@ -175,13 +184,9 @@ class BackgroundSampler:
 
     def _score_all(self) -> None:
         while groups := self._wait_for_groups("scoring", self.buffer.groups_to_score):
-            sampled: dict[int, tuple[Prompt, Completion]] = {}
-            for group in groups:
-                for rollout in group.rollouts:
-                    key, completion = len(sampled), rollout.completion(self._slices.text_of)
-                    sampled[key] = (rollout.prompt, completion)
-                    self._scoring.submit(key, rollout.prompt, completion)
-            rollouts = iter(self._scoring.collect(sampled).values())
+            completed = [rollout for group in groups for rollout in group.rollouts]
+            sampled = {i: (each.prompt, each.completion(self._slices.text_of)) for i, each in enumerate(completed)}
+            rollouts = iter(self._scoring.score(sampled).values())
             for group in groups:
                 self.buffer.put(group, [next(rollouts) for _ in group.rollouts])
             self._set_idle("scoring")
@@ -202,4 +207,5 @@ class BackgroundSampler:
     def _set_idle(self, name: str) -> None:
         with self._changed:
             self._busy[name] = False
+            self.num_calls += 1
             self._changed.notify_all()

@@ -2,8 +2,8 @@
 
 The prompts of a run have numbers: those of step s are s * P to (s + 1) * P - 1 with P prompts per step, in the order of
 the data set. Shard i takes the numbers s * P + i, s * P + i + S, ... of each step s, one after the other, where S is
-the number of shards. A prompt that was taken is trained once; it is dropped only if its group became too old, and is
-then sampled again. Asserted by tests/unit/rollout/test_carried_rollouts.py.
+the number of shards. A prompt that was taken is trained once: if its group is dropped, the prompt is sampled again.
+Asserted by tests/unit/rollout/test_carried_rollouts.py.
 """
 
 from __future__ import annotations

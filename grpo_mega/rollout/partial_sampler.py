@@ -1,15 +1,15 @@
-"""Samples a step with partial rollouts: a prompt shard begins more groups than it owes, and carries the rest over.
+"""Samples a step with partial rollouts: a prompt shard begins more groups than a step takes, and carries the rest over.
 
-A shard owes its quota of groups to a step. It samples all of its open groups by slices (slices.py), and stops after the
-slice that completes the quota. What is then open or surplus is carried into the next step, which begins
+A shard gives its quota of groups to a step. It samples all of its open groups by slices (slices.py), and stops after
+the slice that completes the quota. What is then open or surplus is carried into the next step, which begins
 `oversubmit` times the quota of groups again, in all. The groups of a step are those that were complete first; those of
 one slice count in the order in which they were begun. Therefore the groups and the carried rollouts of a step are a
 function of (weights, run.seed, step, carried rollouts): no clock and no other shard has an influence on them, and a
 step that is made again after a kill gives the same tokens.
 
 At the start of a step, groups with a token that is more than `max_staleness` versions old are dropped, and their
-prompts are sampled again before others. A group that was begun again is never dropped: the step in which it would
-become too old does not end before it is complete.
+prompts are sampled again before others. A step does not end before it has the groups that were begun again and would be
+too old in the next one, as many as its quota (staleness.py).
 Asserted by tests/unit/rollout/test_partial_sampler.py and tests/e2e/test_partial_rollouts.py.
 """
 
@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from grpo_mega.rollout.sampled_groups import SampledGroups, StepCarry
 from grpo_mega.rollout.sampler import agreed_sampling, derived_seed
 from grpo_mega.rollout.scoring import RolloutScoring
 from grpo_mega.rollout.slices import SliceSampler
+from grpo_mega.rollout.staleness import StalenessLimit
 from grpo_mega.rollout.step_quota import StepQuota, gather_step
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
@@ -76,6 +77,11 @@ class PartialSampler:
         return self.config.sampling.partial
 
     @property
+    def staleness(self) -> StalenessLimit:
+        """Limit of the age of groups."""
+        return StalenessLimit(self.settings.max_staleness, self.config.train.updates_per_step)
+
+    @property
     def shards(self) -> list[PromptShard]:
         """All prompt shards."""
         count = self.collectives.ranks.topology.num_shares
@@ -112,8 +118,7 @@ class PartialStep:
         self._owner, self._request, self._seed_of = owner, request, tuple(seed_of)
         self._version, self._num_slices = owner.policy_version(), 0
         kept = drop_unfit(carried, request)
-        fresh = kept.drop(self._is_too_old, is_second=True)
-        self._num_dropped = len(kept.groups) - len(fresh.groups)
+        fresh, self._num_dropped = owner.staleness.drop_old(kept, self._version)
         self._carried = replace(fresh, groups=tuple(group.copy() for group in fresh.groups))
 
     def first(self) -> SampledGroups:
@@ -139,7 +144,8 @@ class PartialStep:
         owner, own = self._owner, int(quotas[self._owner.collectives.ranks.at.share])
         wanted = math.ceil(owner.settings.oversubmit * own)
         self._carried = self._carried.fill(wanted, self._request.group_size, owner.prompt_of)
-        chosen = StepQuota(self._carried.groups, own, self._must_end)
+        must_end = partial(owner.staleness.must_end, policy_version=self._version)
+        chosen = StepQuota(self._carried.groups, own, must_end)
         sampled = agreed_sampling(lambda: self._sample_own(chosen), owner.collectives, owner.scoring)
         used = chosen.groups()
         taken = set(used)
@@ -187,18 +193,6 @@ class PartialStep:
             prompt_of=owner.prompt_of,
             component_names=owner.component_names,
         )
-
-    def _is_too_old(self, group: OpenGroup) -> bool:
-        return not group.is_second and self._age(group) > self._owner.settings.max_staleness
-
-    def _must_end(self, group: OpenGroup) -> bool:
-        """Return True if a group that is not dropped would be too old in the next step."""
-        limit = self._owner.settings.max_staleness
-        return group.is_second and self._age(group) + self._owner.config.train.updates_per_step > limit
-
-    def _age(self, group: OpenGroup) -> int:
-        oldest = group.oldest_version
-        return 0 if oldest is None else self._version - oldest
 
 
 def numbered_prompts(prompts: PromptDataset, prompts_per_step: int, seed: int) -> PromptOf:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from grpo_mega.rollout.carried_rollouts import CarriedRollouts, OpenGroup, PromptOf
+from grpo_mega.rollout.staleness import StalenessLimit
 from grpo_mega.rollout.step_quota import StepQuota
 from grpo_mega.types import Rollout
 
@@ -24,22 +26,19 @@ class BufferLimits:
     Attributes:
         quota: groups that the shard gives to a step.
         group_size: rollouts of each group.
-        max_staleness: largest allowed number of updates between the weights of a group's oldest token and those of the
-            step that trains on it.
-        updates_per_step: updates of a step.
+        staleness: limit of the age of groups.
         max_discarded: number of degenerate groups that may be discarded between two steps; 0: all are kept.
     """
 
     quota: int
     group_size: int
-    max_staleness: int
-    updates_per_step: int
+    staleness: StalenessLimit
     max_discarded: int = 0
 
     @property
     def steps_ahead(self) -> int:
         """Number of steps whose groups the buffer may hold while the policy trains."""
-        return self.max_staleness // self.updates_per_step
+        return self.staleness.max_staleness // self.staleness.updates_per_step
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,10 @@ class RolloutBuffer:
         """Drop groups that are too old for a step with these weights; their prompts are sampled again before others."""
         with self.changed:
             self._version = policy_version
-            kept = self._carried.drop(self._is_too_old, is_second=True)
-            dropped = [group for group in self._carried.groups if group not in set(kept.groups)]
-            for group in dropped:
-                self._scored.pop(group, None)
-            self._carried = kept
-            self._metrics = replace(self._metrics, dropped=self._metrics.dropped + len(dropped))
+            self._carried, dropped = self._limits.staleness.drop_old(self._carried, policy_version)
+            kept = set(self._carried.groups)
+            self._scored = {group: rollouts for group, rollouts in self._scored.items() if group in kept}
+            self._metrics = replace(self._metrics, dropped=self._metrics.dropped + dropped)
             self.changed.notify_all()
 
     def weights_changed(self) -> None:
@@ -202,18 +199,8 @@ class RolloutBuffer:
             return taken
 
     def _quota(self) -> StepQuota:
-        quota = StepQuota(self._carried.groups, self._limits.quota, self._must_end, self._scored.__contains__)
+        limits = self._limits
+        must_end = partial(limits.staleness.must_end, policy_version=self._version)
+        quota = StepQuota(self._carried.groups, limits.quota, must_end, self._scored.__contains__)
         quota.take_done()
         return quota
-
-    def _is_too_old(self, group: OpenGroup) -> bool:
-        return not group.is_second and self._age(group) > self._limits.max_staleness
-
-    def _must_end(self, group: OpenGroup) -> bool:
-        """Return True if a group that is not dropped would be too old in the next step."""
-        limits = self._limits
-        return group.is_second and self._age(group) + limits.updates_per_step > limits.max_staleness
-
-    def _age(self, group: OpenGroup) -> int:
-        oldest = group.oldest_version
-        return 0 if oldest is None else self._version - oldest

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -115,6 +116,23 @@ class RolloutScoring:
             steps = locate_step_tokens(reward, completion, self.ends_of) if self.ends_of is not None else None
             found[key] = Rollout(prompt, completion, reward, self.replica, steps)
         return found
+
+    def score(self, sampled: Mapping[int, tuple[Prompt, Completion]]) -> dict[int, Rollout]:
+        """Score rollouts, wait for the scores, and return the rollouts by key.
+
+        If this fails, the scores of rollouts that were submitted are discarded, so their keys can be used again.
+
+        Args:
+            sampled: prompt and completion by key. Nothing else may have been submitted since the last `collect`.
+        """
+        try:
+            for key, (prompt, completion) in sampled.items():
+                self.submit(key, prompt, completion)
+            return self.collect(sampled)
+        except BaseException:
+            with suppress(Exception):  # the first error is raised
+                self.discard()
+            raise
 
     def discard(self) -> None:
         """Wait for everything that was submitted, and discard the scores."""

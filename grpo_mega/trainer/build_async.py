@@ -27,6 +27,7 @@ from grpo_mega.rollout.rollout_buffer import BufferLimits, RolloutBuffer
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.rollout.slices import SliceSampler
+from grpo_mega.rollout.staleness import StalenessLimit
 from grpo_mega.trainer.engine_rebuilds import RebuildableEngine
 from grpo_mega.types import Completion, Prompt, Rollout, SamplingRequest
 
@@ -86,19 +87,20 @@ def make_async_sampler(
         limits = BufferLimits(
             quota,
             size,
-            config.train.max_staleness,
-            config.train.updates_per_step,
+            StalenessLimit(config.train.max_staleness, config.train.updates_per_step),
             max_discarded=quota * (config.algorithm.refill_rounds or 0),
         )
         alone = None if dialogue is None else replace(dialogue, share=broadcast_within(None, ranks.rank))
         slices = SliceSampler(generator, config.background_slice_tokens, config.engine.max_num_seqs, text_of, alone)
-        return BackgroundSampler(
+        background = BackgroundSampler(
             RolloutBuffer(carried, limits, prompt_of, is_degenerate),
             slices,
             sampler.scoring,
             engine.take_gauges,
             generator.cancelled,
         )
+        timers.count_progress(lambda: background.num_calls)
+        return background
 
     def add_gauges(gauges: EngineGauges) -> None:
         answers.add_gauges(gauges, ReplyErrors() if environments is None else environments.take_errors())

@@ -112,14 +112,7 @@ class RebuildableEngine:
         *,
         is_cancelled: Callable[[], bool],
     ) -> list[list[Completion]]:
-        """Sample without the other ranks of the job, with an engine server.
-
-        Args:
-            prompts: see `Engine.generate`, and so are `sampling` and `on_completion`.
-            sampling: of the call.
-            on_completion: called with each completion.
-            is_cancelled: asked at least every second; True ends the call with a RuntimeError.
-        """
+        """Sample without the other ranks of the job. See `ServedEngine`."""
         engine = self._engine
         assert isinstance(engine, ServedEngine), "only servers sample in the background"
         return engine.generate_on_this_rank(prompts, sampling, on_completion, is_cancelled=is_cancelled)

@@ -112,7 +112,7 @@ def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
     carried = None if groups.carry is None else groups.carry.rollouts
     state = state.after(step, len(updates), objective.next_kl_coef(updates), carried)
     job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
-    synced = push_between_slices(job, state)
+    synced = sync_weights(job, state)
     evaluate_if_due(job, state)
     kl_coef = objective.algorithm.kl_coef
     waited = job.saves.wait_seconds
@@ -249,11 +249,11 @@ def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:
         )
 
 
-def push_between_slices(job: TrainerState, state: LoopState) -> SyncReport:
-    """Send the policy's weights as `push_weights`, while sampling in the background is paused. Collective.
+def sync_weights(job: TrainerState, state: LoopState) -> SyncReport:
+    """Send the policy's weights to the engines between two steps, as `push_weights`. Collective.
 
-    In a run without sampling in the background, lost engines are replaced first. Sampling in the background uses the
-    engines all the time, so it finds a lost engine by itself.
+    Lost engines are replaced first. If the engines sample in the background, sampling is paused instead, between two
+    slices: it uses the engines all the time, so it finds a lost engine by itself.
 
     Raises:
         WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.sample`.

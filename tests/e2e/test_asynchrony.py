@@ -7,6 +7,7 @@ token per call, so that sampling takes longer than training and every weight syn
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -97,6 +98,55 @@ def test_a_server_that_was_started_again_continues_the_rollouts_of_the_one_that_
         assert job.wait(400) == 0, (tmp_path / "log.err").read_text()[-3000:]
     assert "the engines are rebuilt (1 of 2)" in (tmp_path / "log.err").read_text()
     assert read_prompt_use(run).problems() == []
+
+
+HANGING_REWARD = """
+import time
+from grpo_mega.rewards import batched_reward
+
+class Scorer:
+    def __init__(self):
+        self.keys, self.calls = [], 0
+
+    def submit(self, key, row):
+        self.keys.append(key)
+
+    def collect(self):
+        self.calls += 1
+        if self.calls > 3:
+            time.sleep(3600)
+        keys, self.keys = self.keys, []
+        return {key: float(key % 2) for key in keys}
+
+    def close(self):
+        pass
+
+@batched_reward(low=0.0, high=1.0)
+def hanging():
+    return Scorer()
+"""
+
+
+@pytest.mark.long
+def test_a_score_that_hangs_is_named_although_two_ranks_wait_with_collectives(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    (tmp_path / "hanging.py").write_text(HANGING_REWARD)
+    own = (
+        "data.eval=null",
+        "run.world_size=2",
+        f"reward.terms=[{{name: '{tmp_path / 'hanging.py'}:hanging'}}]",
+        "guard.phase_limits={rollout: 10}",
+        "train.steps=400",
+    )
+    kept = [key for key in arguments(server, tmp_path / "run") if not key.startswith(("evaluation.", "data.eval="))]
+    with running_job([*kept, *own], tmp_path / "log") as job:
+        assert job.wait(240) == 1
+    shown = (tmp_path / "log.err").read_text()
+    found = re.search(r"rank 0 .*no progress for (\d+) s in phase rollout, .*thread scoring$", shown, re.MULTILINE)
+    assert found is not None, shown[-3000:]
+    assert int(found[1]) <= 10 + 10
+    assert shown.splitlines()[-1].endswith("rank 0 makes no progress; waiting for it: 1")
 
 
 @pytest.mark.long

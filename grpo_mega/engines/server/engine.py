@@ -164,12 +164,12 @@ class ServerEngine:
         """Sample on the first rank of a group, in any thread, without the other ranks of the group.
 
         No other call may use the server meanwhile. It works while the engine is asleep: a server has devices of its
-        own. Arguments and errors are those of `generate`.
+        own. The other arguments and the errors are those of `generate`.
 
         Args:
-            prompts: see `generate`.
-            sampling: see `generate`.
-            on_completion: see `generate`.
+            prompts: of the call.
+            sampling: of the call.
+            on_completion: called with each completion.
             is_cancelled: asked at least every second; True ends the call with a RuntimeError.
         """
         assert self._client is not None, "only the first rank of a group has a connection to its server"

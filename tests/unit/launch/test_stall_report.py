@@ -13,7 +13,7 @@ import pytest
 
 from grpo_mega.launch.stall_report import awaited_ranks, collect_stacks, is_waiting, make_report
 from grpo_mega.launch.stall_watch import RankStatus
-from grpo_mega.parallel.heartbeat import FOLDER_VARIABLE, make_heartbeats
+from grpo_mega.parallel.heartbeat import FOLDER_VARIABLE, OTHER_RANKS, make_heartbeats
 
 OTHER_THREAD = 'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/c10d.py", line 1 in f\n\n'
 IN_COLLECTIVE = (
@@ -25,8 +25,10 @@ IN_TRANSPORT = (
 BUSY = OTHER_THREAD + 'Current thread 0x2 (most recent call first):\n  File "/x/reward.py", line 9 in compute\n'
 
 
-def rank(number: int, *, step: int = 3, collectives: int = 10, stopped: tuple[int, ...] = ()) -> RankStatus:
-    return RankStatus(number, "host", 100 + number, "train", step, collectives, 61.0, 60.0, stopped)
+def rank(
+    number: int, *, step: int = 3, collectives: int = 10, stopped: tuple[int, ...] = (), awaited: str = ""
+) -> RankStatus:
+    return RankStatus(number, "host", 100 + number, "train", step, collectives, 61.0, 60.0, stopped, awaited=awaited)
 
 
 def test_a_rank_waits_if_its_main_thread_is_in_a_collective() -> None:
@@ -44,6 +46,8 @@ def test_the_others_wait_for_a_stopped_rank_else_for_one_that_does_not_wait_else
     assert numbers([rank(0), rank(1, stopped=(101,)), rank(2, step=1)], {**all_wait, 0: BUSY}) == [1]
     assert numbers([rank(0), rank(1), rank(2, step=1)], {**all_wait, 0: BUSY}) == [0]
     assert numbers([rank(0), rank(1, collectives=9), rank(2)], all_wait) == [1]
+    threads = [rank(0, awaited="the call of its thread scoring"), rank(1, awaited=OTHER_RANKS), rank(2, step=1)]
+    assert numbers(threads, {**all_wait, 1: BUSY}) == [0]
     assert numbers([rank(0), rank(1, collectives=9), rank(2, step=2, collectives=20)], all_wait) == [2]
 
 

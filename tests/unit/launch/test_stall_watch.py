@@ -15,6 +15,7 @@ import pytest
 
 from grpo_mega.launch import processes
 from grpo_mega.launch.stall_watch import RankStatus, StallLimits, StallWatch, has_stalled
+from grpo_mega.parallel import heartbeat
 from grpo_mega.parallel.heartbeat import RankHeartbeat, make_heartbeats
 
 
@@ -130,6 +131,40 @@ def test_reading_at_a_rate_is_progress_in_phases_that_read_files_and_a_little_re
     assert found.idle_seconds == idle_seconds
 
 
+def test_while_ranks_wait_for_threads_only_the_work_of_the_threads_is_progress(
+    tmp_path: Path, process: subprocess.Popen[bytes], beat: RankHeartbeat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is not six medians: a phase in which groups were ready says nothing about the time of a slice."""
+    clock, counter, collectives = Clock(), [0], [0]
+    monkeypatch.setattr(heartbeat, "_collectives", lambda: {"0": collectives[0]})
+    watched = watch(tmp_path, process, clock, evaluation=9.0)
+    beat.count(lambda: counter[0])
+    for _ in range(3):
+        beat.step()
+        beat.phase("rollout")
+        status(watched)
+        clock.now += 1
+
+    def move(number: list[int]) -> RankStatus:
+        clock.now += 50
+        number[0] += 1
+        time.sleep(1.5 * heartbeat._SAMPLE_SECONDS)
+        return status(watched)
+
+    assert move(collectives).idle_seconds == 0
+    with beat.waiting_for(lambda: "the call of its thread scoring"):
+        found = status(watched)
+        assert (found.limit_seconds, found.awaited) == (600.0 + 60.0, "the call of its thread scoring")
+        assert move(collectives).idle_seconds == 50
+        assert move(counter).idle_seconds == 0
+        beat.phase("evaluation")
+        assert status(watched).limit_seconds == 9.0
+    beat.phase("rollout")
+    found = status(watched)
+    assert (found.limit_seconds, found.awaited) == (60.0, "")
+    assert move(collectives).idle_seconds == 0
+
+
 def test_a_stopped_rank_is_late_after_a_minute_in_a_phase_that_was_never_measured(
     tmp_path: Path, process: subprocess.Popen[bytes], beat: RankHeartbeat
 ) -> None:
@@ -170,5 +205,5 @@ def test_a_job_stalls_if_a_late_rank_is_stopped_or_if_all_ranks_are_late() -> No
 
 def test_a_status_survives_the_way_to_another_machine() -> None:
     for limit in (60.0, math.inf):
-        sent = RankStatus(3, "host", 1, "train", 2, 9, 1.5, limit, (1, 2), (2,))
+        sent = RankStatus(3, "host", 1, "train", 2, 9, 1.5, limit, (1, 2), (2,), "other ranks")
         assert RankStatus.from_json(json.loads(json.dumps(sent.to_json()))) == sent

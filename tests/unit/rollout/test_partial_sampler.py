@@ -117,9 +117,12 @@ def test_carried_rollouts_are_continued_from_their_tokens_and_their_versions_are
         assert (np.diff(of_rollout) >= 0).all(), "older tokens come first"
 
 
-@pytest.mark.parametrize("max_staleness", [2, 4, 100])
-def test_every_prompt_is_trained_once_whatever_is_dropped(max_staleness: int) -> None:
-    run = Run(config(settings={"max_staleness": max_staleness, "oversubmit": 2.0}), one_rank())
+@pytest.mark.parametrize(("max_staleness", "oversubmit"), [(2, 2.0), (4, 2.0), (100, 2.0), (2, 5.0)])
+def test_every_prompt_is_trained_once_whatever_is_dropped(
+    max_staleness: int, oversubmit: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With five times the quota of groups in progress, more second groups than the quota become too old together."""
+    run = Run(config(settings={"max_staleness": max_staleness, "oversubmit": oversubmit}), one_rank())
     trained: list[int] = []
     dropped, oldest = 0, 0
     for step in range(1, 31):
@@ -135,6 +138,7 @@ def test_every_prompt_is_trained_once_whatever_is_dropped(max_staleness: int) ->
     assert sorted(trained + [known[number] for number in left]) == sorted(known)
     assert (dropped > 0) == (max_staleness < 100)
     assert oldest <= max_staleness
+    assert ("for the second time" in caplog.text) == (oversubmit == 5.0)
     assert len(trained) == 30 * PER_STEP
     # scored once, when the whole group is complete
     assert set(run.scorer.scored.values()) == {1}

@@ -11,10 +11,11 @@ import pytest
 
 from grpo_mega.rollout.carried_rollouts import CarriedRollouts, OpenGroup, PromptShard
 from grpo_mega.rollout.rollout_buffer import BufferLimits, RolloutBuffer
+from grpo_mega.rollout.staleness import StalenessLimit
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 
 QUOTA, SIZE, UPDATES = 3, 2, 2
-LIMITS = BufferLimits(QUOTA, SIZE, max_staleness=4, updates_per_step=UPDATES)
+LIMITS = BufferLimits(QUOTA, SIZE, StalenessLimit(4, UPDATES))
 
 
 def prompt_of(number: int) -> Prompt:
@@ -88,7 +89,7 @@ def test_a_step_takes_the_first_complete_groups_and_the_rest_is_for_the_checkpoi
     assert buffer.metrics().ready == 0, "counts start again"
 
 
-def test_groups_that_are_too_old_are_dropped_and_sampled_again_once() -> None:
+def test_groups_that_are_too_old_are_dropped_and_sampled_again() -> None:
     buffer = buffer_of()
     buffer.begin_step(0)
     (old, *_) = buffer.groups_to_sample()
@@ -107,9 +108,33 @@ def test_groups_that_are_too_old_are_dropped_and_sampled_again_once() -> None:
     assert buffer.groups_to_score() == [], "a slice of a group that was dropped meanwhile has no effect"
     complete(buffer, [0], 6)
     complete(buffer, [5, 6, 7], 10)
-    buffer.begin_step(12)
-    assert buffer.metrics().dropped == 0, "a second group is not dropped"
-    assert 0 in buffer.get().numbers
+    buffer.begin_step(10)
+    assert buffer.metrics().dropped == 0, "an age of 4 is allowed"
+    assert buffer.get().numbers[-1] == 0, "a second group that would be too old in the next step is used before others"
+
+
+def test_second_groups_beyond_the_quota_are_dropped_when_they_are_too_old(caplog: pytest.LogCaptureFixture) -> None:
+    """Six groups get their second first token at once: a step has places for three of them."""
+    buffer, trained = buffer_of(), list[int]()
+    buffer.begin_step(0)
+    buffer.continued({group: sample(group, 0, is_done=False) for group in buffer.groups_to_sample()[:6]})
+    for version, expected in ((6, [6, 7, 8]), (8, [9, 10, 11]), (10, [0, 1, 2]), (12, [3, 4, 5])):
+        buffer.weights_changed()
+        buffer.begin_step(version)
+        if version == 6:
+            again = {group: sample(group, 6, is_done=False) for group in buffer.groups_to_sample() if group.is_second}
+            assert numbers_of(list(again)) == list(range(6))
+            buffer.continued(again)
+        complete(buffer, expected, version)
+        taken = buffer.get()
+        assert list(taken.numbers) == expected
+        trained += taken.numbers
+        for each in (rollout.completion for rollout in taken.rollouts.values()):
+            versions = [each.policy_version] if each.policy_versions is None else each.policy_versions
+            assert version - min(versions) <= 4
+    assert buffer.metrics().dropped == 6 + 3
+    assert "3 groups are older than max_staleness=4 for the second time" in caplog.text
+    assert sorted(trained) == list(range(12)), "every prompt is trained once"
 
 
 def test_a_score_that_arrives_after_its_group_was_dropped_is_ignored() -> None:
