@@ -32,7 +32,7 @@ from grpo_mega.parallel.error_report import report_error
 from grpo_mega.parallel.heartbeat import write_stacks_on_signal
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped, StopRequests
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.types import CheckpointWriteError, UserError
+from grpo_mega.types import CheckpointWriteError, UserError, WeightMismatchError
 
 if TYPE_CHECKING:
     from grpo_mega.data.dataset import PromptDataset
@@ -213,7 +213,7 @@ def _run_worker(prepared: Prepared, stops: StopRequests) -> None:
         log.error("%s", stop, extra=FILE_ONLY)
         report_error(stop, f"this command continues past it: launch/train.sh {_arguments(stop.continue_with)}")
         _exit(1)
-    except CheckpointWriteError as error:
+    except (CheckpointWriteError, WeightMismatchError) as error:
         log.error("%s", error, exc_info=error, extra=FILE_ONLY)
         report_error(error, f"this command continues the run: launch/train.sh {_arguments()}")
         _exit(1)
