@@ -21,6 +21,7 @@ from grpo_mega.rewards.math_answers.variants import with_variants
 
 MAX_ANSWER_CHARACTERS = 2000
 _CHOICES = frozenset("ABCDEFGH")
+_JOINING = frozenset(("or", "and", "nor", "not", "but", "if", "unless", "maybe", "perhaps", "possibly", "alternatively"))
 
 
 def is_right(answer: str, reference: str) -> bool:
@@ -56,12 +57,13 @@ def _parses_and_agrees(tokens: Sequence[Token], forms: Sequence[MathAnswer]) -> 
 def _choice_and_value(tokens: Sequence[Token]) -> tuple[Sequence[Token], Sequence[Token]]:
     """Return the letter and the value of `(B) 15`, an answer to a question with choices; nothing of other answers.
 
-    An answer that names a second letter (`(B) C`, `(B) 15 or (C) 16`) is not of this form.
+    An answer that names a second letter (`(B) C`, `(B) 15 or (C) 16`) or joins several values by a word (`(B) or 15`,
+    `(B) 15 or 16`) is not of this form.
     """
     if [token.text for token in tokens[:2]] == ["{", "("] and [token.text for token in tokens[3:5]] == [")", "}"]:
         tokens = [*tokens[1:4], *tokens[5:]]
     has_letter = len(tokens) > 3 and tokens[0].text == "(" and tokens[1].text in _CHOICES and tokens[2].text == ")"
-    names_one = not any(token.text in _CHOICES for token in tokens[3:])
+    names_one = not any(token.text in _CHOICES or token.text.casefold() in _JOINING for token in tokens[3:])
     if has_letter and names_one and tokens[3].kind in ("number", "function", "word", "symbol"):
         return tokens[1:2], tokens[3:]
     return (), ()
