@@ -9,8 +9,11 @@ share, the table, token weights, the plan of all ranks, packing and unpacking of
 microbatches; then, after the training, the comparison of log-probs and the metrics of rank 0. The time on the network
 is not measured. Each case runs in a process of its own with one thread.
 
-`resident` is the growth of the process by the work, at its peak, over the bytes of the columns of one share. Rank 0 of
-each job is compared with its last rank, and the cases with each other: every rank has the same share in each of them.
+A share is the columns of the rollouts that a rank samples, in bytes; it is the same in every job. `resident` is the
+growth of the process by the work, at its peak, over the bytes of a share. It contains the numbers that every rank has
+of each rollout of the step: the table, the plan and the token weights, about 90 bytes per rollout. They grow with the
+number of ranks, and with 512 ranks they are nearly as large as a share; "without" is the growth minus their bytes. Rank
+0 of each job is compared with its last rank, and the cases with each other.
 
 `--step` measures a step of 2,048 rollouts and 3.7 million tokens on one rank: all host work of it that the training
 waits for, with the metrics of tokens and texts and the columns of the rollout file; and apart from it the file, which
@@ -26,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,7 @@ from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.rollout_table import SCALARS
 from grpo_mega.data.rollout_tokens import RolloutTokens
 from grpo_mega.data.row_plan import RolloutCost, RowShape, plan_step, split_minibatches
+from grpo_mega.observe.memory import device_peak
 from grpo_mega.observe.rollout_files.part_writer import write_part
 from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.ranks import Ranks
@@ -74,10 +77,13 @@ class PreparedCollectives(ArrayCollectives):
         self._replica_group = None
         self._table = table
         self.arrivals: list[NDArray[Any]] = []
-        self._num_arrived = 0
+        self._num_arrived = self._num_summed = 0
 
     def sum(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
-        return array + self._table if array.shape == self._table.shape else array
+        if self._num_summed == len(self._table):
+            return array
+        begin, self._num_summed = self._num_summed, self._num_summed + len(array)
+        return array + self._table[begin : self._num_summed]  # the next rows of the table
 
     def _all_to_all(self, sent: torch.Tensor, sizes: list[int], received_sizes: list[int]) -> torch.Tensor:
         received = torch.from_numpy(self.arrivals[self._num_arrived].view(np.uint8)).clone()
@@ -110,7 +116,7 @@ def prepare(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> RankI
         **{"completion_tokens": lengths, "loss_tokens": lengths, "reward": rewards},
     }
     for name, column in values.items():
-        table[:, SCALARS.index(name)] = column
+        table[:, list(SCALARS).index(name)] = column
     table[:, -1] = rewards
     table[share == rank] = 0
     own = {
@@ -187,7 +193,8 @@ def measure(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> dict[
     warm = prepare(1, 0, GROUP * MINIBATCHES, 64)
     warm_groups = sample(warm)
     report(warm_groups, build(warm, warm_groups))
-    case = prepare(num_ranks, rank, per_rank, mean_tokens)
+    case, take_peak = prepare(num_ranks, rank, per_rank, mean_tokens), device_peak("cpu")
+    take_peak()  # returns freed memory to the system, so that it hides no growth
     before, clock, wall = _resident_bytes(), time.process_time(), time.perf_counter()
     groups = sample(case)
     sampled = time.process_time()
@@ -195,7 +202,10 @@ def measure(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> dict[
     planned = time.process_time()
     padded = sum(len(row.token_ids) for row in batch.microbatches)  # packs one row after the other
     built, wall = time.process_time(), time.perf_counter() - wall
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    peak = take_peak() - before
+    plan, rows = batch.plan, batch.microbatches
+    of_all = (plan.minibatch, plan.trainer, plan.row, plan.lengths, rows.token_weights, batch.is_trained)
+    of_all_bytes = groups.table.nbytes + sum(column.nbytes for column in of_all)
     metrics = report(groups, batch)
     return {
         "ranks": num_ranks,
@@ -211,7 +221,9 @@ def measure(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> dict[
         "row_tokens": padded,
         "report_seconds": time.process_time() - built,
         "share_bytes": groups.tokens.nbytes,
+        "all_rollouts_bytes": of_all_bytes,
         "resident_over_share": peak / groups.tokens.nbytes,
+        "own_resident_over_share": (peak - of_all_bytes) / groups.tokens.nbytes,
         "padding_fraction": metrics["train/padding_fraction"],
         "imbalance": metrics["train/imbalance"],
     }
@@ -303,7 +315,8 @@ def line_of(found: dict[str, Any]) -> str:
         f"{found['share_tokens'] / 1e6:.2f} M of the share; {found['cpu_seconds']:.2f} s of CPU time "
         f"(columns and table {found['columns_seconds']:.2f}, plan and batch {found['batch_seconds']:.2f}, rows "
         f"{found['rows_seconds']:.2f}), afterwards "
-        f"{found['report_seconds']:.2f} s; resident {found['resident_over_share']:.1f} x share; "
+        f"{found['report_seconds']:.2f} s; resident {found['resident_over_share']:.2f} x share, without "
+        f"{found['all_rollouts_bytes'] / 1e6:.1f} MB of all rollouts {found['own_resident_over_share']:.2f}; "
         f"padding {found['padding_fraction']:.3f}, imbalance {found['imbalance']:.3f}"
     )
 

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def rollout_mean_weights(num_tokens: Sequence[int]) -> list[float]:
+def rollout_mean_weights(num_tokens: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     """Return the weights of the mean over each rollout's tokens, then over N rollouts: w_i = 1 / (num_tokens_i * N).
 
     Args:
         num_tokens: loss tokens of each rollout of the update.
 
     Returns:
-        One weight per rollout.
+        One weight per rollout, [N].
 
     Raises:
         ValueError: a number of tokens is negative.
@@ -34,14 +34,14 @@ def rollout_mean_weights(num_tokens: Sequence[int]) -> list[float]:
     return _inverses(counts * len(counts), counts)
 
 
-def token_mean_weights(num_tokens: Sequence[int]) -> list[float]:
+def token_mean_weights(num_tokens: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float64]:
     """Return the weights of the mean over all tokens of the update: w_i = 1 / sum_j num_tokens_j.
 
     Args:
         num_tokens: loss tokens of each rollout of the update.
 
     Returns:
-        One weight per rollout.
+        One weight per rollout, [N].
 
     Raises:
         ValueError: a number of tokens is negative.
@@ -53,7 +53,7 @@ def token_mean_weights(num_tokens: Sequence[int]) -> list[float]:
     return _inverses(np.full(len(counts), counts.sum()), counts)
 
 
-def rollout_sum_weights(num_tokens: Sequence[int], constant: float) -> list[float]:
+def rollout_sum_weights(num_tokens: Sequence[int] | NDArray[np.integer[Any]], constant: float) -> NDArray[np.float64]:
     """Return the weights of the sum over each rollout / constant, then the mean over N rollouts: 1 / (constant * N).
 
     Args:
@@ -61,7 +61,7 @@ def rollout_sum_weights(num_tokens: Sequence[int], constant: float) -> list[floa
         constant: in tokens. Dr. GRPO uses the largest completion length; 1 gives the plain sum.
 
     Returns:
-        One weight per rollout.
+        One weight per rollout, [N].
 
     Raises:
         ValueError: the constant is not positive, or a number of tokens is negative.
@@ -74,7 +74,9 @@ def rollout_sum_weights(num_tokens: Sequence[int], constant: float) -> list[floa
     return _inverses(np.full(len(counts), constant * len(counts)), counts)
 
 
-def group_token_mean_weights(num_tokens: Sequence[int], group_size: int) -> list[float]:
+def group_token_mean_weights(
+    num_tokens: Sequence[int] | NDArray[np.integer[Any]], group_size: int
+) -> NDArray[np.float64]:
     """Return the weights of the mean over each group's tokens, then over P groups: 1 / (tokens of the group * P).
 
     Args:
@@ -82,7 +84,7 @@ def group_token_mean_weights(num_tokens: Sequence[int], group_size: int) -> list
         group_size: rollouts per group.
 
     Returns:
-        One weight per rollout.
+        One weight per rollout, [N].
 
     Raises:
         ValueError: the number of rollouts is not a multiple of group_size, or a number of tokens is negative.
@@ -97,7 +99,7 @@ def group_token_mean_weights(num_tokens: Sequence[int], group_size: int) -> list
     return _inverses(np.repeat(totals * len(totals), group_size), counts)
 
 
-def _checked(num_tokens: Sequence[int]) -> NDArray[np.int64]:
+def _checked(num_tokens: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     counts = np.array(num_tokens, dtype=np.int64)
     if (counts < 0).any():
         rollout = int((counts < 0).argmax())
@@ -105,7 +107,6 @@ def _checked(num_tokens: Sequence[int]) -> NDArray[np.int64]:
     return counts
 
 
-def _inverses(denominators: NDArray[Any], counts: NDArray[np.int64]) -> list[float]:
+def _inverses(denominators: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return 1 / denominator for each rollout with loss tokens, else 0."""
-    found: list[float] = np.where(counts > 0, 1.0 / np.maximum(denominators, 1e-300), 0.0).tolist()
-    return found
+    return np.where(counts > 0, 1.0 / np.maximum(denominators, 1e-300), 0.0)

@@ -120,7 +120,7 @@ class StepRewards:
     group_size: int
     is_scored: Sequence[bool] | NDArray[np.bool_] | None = None
     total_penalties: NDArray[np.float64] | None = None
-    completion_tokens: NDArray[np.int64] | None = None
+    completion_tokens: NDArray[np.integer[Any]] | None = None
     steps: StepValues | None = None
     own: OwnTokens | None = None
 

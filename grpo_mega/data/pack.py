@@ -53,25 +53,27 @@ def pack(
     bounds = offsets_of(segments)
     if total < row_tokens:
         bounds = np.append(bounds, row_tokens)
-    token_ids, labels = np.full(row_tokens, pad_id, np.int64), np.full(row_tokens, pad_id, np.int64)
-    token_mask, loss_mask = np.zeros(row_tokens, np.bool_), np.zeros(row_tokens, np.bool_)
+    # One more position than the row has: position t predicts token t + 1.
+    token_ids, is_sampled = np.full(row_tokens + 1, pad_id, np.int64), np.zeros(row_tokens + 1, np.bool_)
+    token_mask = np.zeros(row_tokens, np.bool_)
     floats = [np.zeros(row_tokens, np.float32) for _ in range(3)]
-    places = ragged_index(bounds[: len(lengths)], lengths)  # of all tokens in the row
+    places: slice | NDArray[np.int64] = slice(0, total)  # of all tokens in the row
+    if not np.array_equal(segments, lengths):
+        places = ragged_index(bounds[: len(lengths)], lengths)
     token_ids[places], token_mask[places] = rollouts.token_ids, True
-    is_first = np.zeros(len(places), np.bool_)
-    is_first[rollouts.offsets[:-1][lengths > 0]] = True
-    labels[places[~is_first] - 1] = rollouts.token_ids[~is_first]
-    # Position t predicts token t + 1, so the first completion token belongs to the last prompt position.
-    predicting = places[rollouts.loss_mask] - 1
-    loss_mask[predicting] = True
+    labels = token_ids[1:].copy()
+    labels[bounds[1:-1] - 1] = pad_id  # the last position of a segment does not predict the next segment
+    # The first completion token belongs to the last prompt position.
+    is_sampled[places] = rollouts.loss_mask
+    loss_mask = is_sampled[1:].copy()
     weights = np.repeat(np.asarray(token_weights, np.float32), rollouts.loss_counts)
     for row, values in zip(floats, (advantages, weights, rollouts.sampler_log_probs[rollouts.loss_mask]), strict=True):
-        row[predicting] = values
+        row[loss_mask] = values
     position_ids = np.arange(row_tokens) - np.repeat(bounds[:-1], np.diff(bounds))
     row_advantages, row_weights, sampler_log_probs = floats
     return Microbatch(
         rollout_ids=tuple(rollouts.ids.tolist()),
-        token_ids=torch.from_numpy(token_ids),
+        token_ids=torch.from_numpy(token_ids[:-1]),
         position_ids=torch.from_numpy(position_ids),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(loss_mask),
@@ -117,10 +119,10 @@ def token_row(values: LossTokenValues, microbatch: Microbatch) -> Tensor:
     return row
 
 
-def _expert_choices(rollouts: RolloutTokens, places: NDArray[np.int64], row_tokens: int) -> Tensor | None:
+def _expert_choices(rollouts: RolloutTokens, places: slice | NDArray[np.int64], row_tokens: int) -> Tensor | None:
     """Return the routing record [T, L, K] of a row, -1 without a record; None if the step has no records."""
     if rollouts.expert_choices is None:
         return None
     row = torch.full((row_tokens, *rollouts.expert_choices.shape[1:]), -1, dtype=torch.int16)
-    row[torch.from_numpy(places)] = widen_record(torch.from_numpy(rollouts.expert_choices))
+    row.numpy()[places] = widen_record(torch.from_numpy(rollouts.expert_choices)).numpy()
     return row

@@ -1,7 +1,8 @@
 """Scalars of all rollouts of a step as columns of length R, equal on every rank.
 
-It has everything that must be known of the rollouts of other ranks: lengths, rewards, who sampled them. It is a few
-hundred bytes per rollout and has nothing per token. Rows `group * G` to `(group + 1) * G - 1` are a group.
+It has everything that must be known of the rollouts of other ranks: lengths, rewards, who sampled them. It is about
+sixty bytes per rollout, eight more per reward term, and has nothing per token. Rows `group * G` to
+`(group + 1) * G - 1` are a group.
 Asserted by tests/unit/data/test_rollout_table.py.
 """
 
@@ -32,7 +33,7 @@ class RolloutTable:
         group_size: G, rollouts per prompt; R is a multiple of it.
         component_names: reward terms in the order of the config, C names.
         prompt_index: row of the prompt in the run's data sets.
-        data_set: name of the prompt's data set.
+        data_sets: [P] name of the data set of each group's prompt.
         prompt_tokens: tokens of the prompt.
         completion_tokens: tokens of the completion, with those of environments.
         loss_tokens: tokens that the policy sampled.
@@ -54,18 +55,18 @@ class RolloutTable:
     group_size: int
     component_names: tuple[str, ...]
     prompt_index: NDArray[np.int64]
-    data_set: NDArray[np.str_]
-    prompt_tokens: NDArray[np.int64]
-    completion_tokens: NDArray[np.int64]
-    loss_tokens: NDArray[np.int64]
+    data_sets: NDArray[np.str_]
+    prompt_tokens: NDArray[np.int32]
+    completion_tokens: NDArray[np.int32]
+    loss_tokens: NDArray[np.int32]
     reward: NDArray[np.float64]
     components: NDArray[np.float64]
     has_failed: NDArray[np.bool_]
-    stop_reason: NDArray[np.int64]
-    num_turns: NDArray[np.int64]
-    policy_version: NDArray[np.int64]
-    replica: NDArray[np.int64]
-    share: NDArray[np.int64]
+    stop_reason: NDArray[np.int8]
+    num_turns: NDArray[np.int32]
+    policy_version: NDArray[np.int32]
+    replica: NDArray[np.int32]
+    share: NDArray[np.int32]
     has_experts: NDArray[np.bool_]
     has_steps: NDArray[np.bool_]
     step_offsets: NDArray[np.int64]
@@ -80,7 +81,12 @@ class RolloutTable:
         return len(self) // self.group_size
 
     @property
-    def num_tokens(self) -> NDArray[np.int64]:
+    def nbytes(self) -> int:
+        """Bytes of all columns."""
+        return sum(column.nbytes for column in vars(self).values() if isinstance(column, np.ndarray))
+
+    @property
+    def num_tokens(self) -> NDArray[np.int32]:
         """Tokens of prompt and completion, [R]."""
         return self.prompt_tokens + self.completion_tokens
 
@@ -99,6 +105,10 @@ class RolloutTable:
         part = slice(self.step_offsets[row], self.step_offsets[row + 1])
         return self.step_ends[part], self.step_values[part]
 
+    def is_from(self, data_set: str) -> NDArray[np.bool_]:
+        """Return [R]: True for the rollouts whose prompt is from this data set."""
+        return np.repeat(self.data_sets == data_set, self.group_size)
+
     def has_full_marks(self, full_marks: Mapping[str, float]) -> NDArray[np.bool_]:
         """Return [R]: True for a correct answer: its first reward term that applies has its highest value.
 
@@ -115,14 +125,15 @@ class RolloutTable:
 
     def take_groups(self, groups: Sequence[int] | NDArray[np.int64]) -> RolloutTable:
         """Return the table of these groups, in this order."""
-        first = np.asarray(groups, dtype=np.int64)[:, None] * self.group_size
-        rows = (first + np.arange(self.group_size)).reshape(-1)
+        chosen_groups = np.asarray(groups, dtype=np.int64)
+        rows = (chosen_groups[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
         counts = np.diff(self.step_offsets)[rows]
         chosen = ragged_index(self.step_offsets[:-1][rows], counts)
         columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
         return replace(
             self,
             **columns,
+            data_sets=self.data_sets[chosen_groups],
             step_offsets=offsets_of(counts),
             step_ends=self.step_ends[chosen],
             step_values=self.step_values[chosen],
@@ -133,7 +144,7 @@ class RolloutTable:
         assert (self.group_size, self.component_names) == (other.group_size, other.component_names)
         columns = {
             name: np.concatenate([getattr(self, name), getattr(other, name)])
-            for name in (*_COLUMNS, "step_ends", "step_values")
+            for name in (*_COLUMNS, "data_sets", "step_ends", "step_values")
         }
         counts = np.concatenate([np.diff(self.step_offsets), np.diff(other.step_offsets)])
         return replace(self, **columns, step_offsets=offsets_of(counts))
@@ -142,12 +153,27 @@ class RolloutTable:
 _COLUMNS = tuple(
     f.name
     for f in fields(RolloutTable)
-    if not f.name.startswith("step_") and f.name not in ("group_size", "component_names")
+    if not f.name.startswith("step_") and f.name not in ("group_size", "component_names", "data_sets")
 )
-SCALARS = ("count", "completion_tokens", "loss_tokens", "reward", "has_failed", "stop_reason", "num_turns",
-            "policy_version", "replica", "share", "has_experts", "num_steps")  # fmt: skip
+SCALARS: Mapping[str, type[np.generic]] = {
+    "count": np.int32,
+    "completion_tokens": np.int32,
+    "loss_tokens": np.int32,
+    "reward": np.float64,
+    "has_failed": np.bool_,
+    "stop_reason": np.int8,
+    "num_turns": np.int32,
+    "policy_version": np.int32,
+    "replica": np.int32,
+    "share": np.int32,
+    "has_experts": np.bool_,
+    "num_steps": np.int32,
+}
+"""What the ranks exchange of a rollout besides its reward terms, and the types of these columns."""
 _NO_STEPS = -1
-"""`num_steps` of a rollout without a process reward; SCALARS names what the ranks exchange of a rollout."""
+"""`num_steps` of a rollout without a process reward."""
+_BLOCK_ROWS = 1 << 14
+"""Rollouts that are exchanged at once, so that the memory of the exchange does not grow with the step."""
 
 
 def gather_table(
@@ -162,7 +188,8 @@ def gather_table(
     """Build the table of a step from the rollouts of each rank. Collective.
 
     Every rank fills the rows of its own rollouts of a matrix of zeros, and the matrices are added: one all-reduce of
-    float64, which is exact because every row has one source. A second one follows if a reward scored steps.
+    float64 per 16,384 rollouts, which is exact because every row has one source. Another one follows if a reward scored
+    steps.
 
     Args:
         prompts: of the step, the same on every rank.
@@ -179,16 +206,22 @@ def gather_table(
     size, names = len(prompts) * group_size, tuple(component_names)
     rows = np.array(sorted(own), dtype=np.int64)
     rollouts = [own[row] for row in rows.tolist()]
-    matrix = np.zeros((size, len(SCALARS) + len(names)))
-    matrix[rows] = [_scalars(rollout, share) + _components(rollout, names) for rollout in rollouts] if rollouts else 0.0
-    matrix = sum_over_ranks(matrix)
-    columns = {name: matrix[:, i] for i, name in enumerate(SCALARS)}
-    if (columns["count"] != 1).any():
-        found = int((columns["count"] > 0).sum())
-        raise RuntimeError(
-            f"the engines returned {found} of {size} rollouts, {int(columns['count'].sum())} rows in all"
-        )
-    num_steps = columns["num_steps"].astype(np.int64)
+    columns: dict[str, NDArray[Any]] = {name: np.empty(size, kind) for name, kind in SCALARS.items()}
+    components = np.empty((size, len(names)))
+    for begin in range(0, size, _BLOCK_ROWS):
+        part = slice(begin, min(begin + _BLOCK_ROWS, size))
+        mine = slice(*np.searchsorted(rows, (part.start, part.stop)).tolist())
+        block = np.zeros((part.stop - begin, len(SCALARS) + len(names)))
+        for row, rollout in zip(rows[mine].tolist(), rollouts[mine], strict=True):
+            block[row - begin] = _scalars(rollout, share) + _components(rollout, names)
+        block = sum_over_ranks(block)
+        for place, column in enumerate(columns.values()):
+            column[part] = block[:, place]
+        components[part] = block[:, len(SCALARS) :]
+    count, num_steps = columns.pop("count"), columns.pop("num_steps")
+    if (count != 1).any():
+        found = int((count > 0).sum())
+        raise RuntimeError(f"the engines returned {found} of {size} rollouts, {int(count.sum())} rows in all")
     offsets = offsets_of(np.maximum(num_steps, 0))
     steps = np.zeros((int(offsets[-1]), 2))
     for row, rollout in zip(rows.tolist(), rollouts, strict=True):
@@ -196,22 +229,18 @@ def gather_table(
             steps[offsets[row] : offsets[row + 1]] = rollout.steps
     if len(steps):
         steps = sum_over_ranks(steps)
-    integers = {name: columns[name].astype(np.int64) for name in (*SCALARS[1:3], *SCALARS[5:10])}
     return RolloutTable(
         group_size=group_size,
         component_names=names,
         prompt_index=np.repeat(np.array([p.index for p in prompts], dtype=np.int64), group_size),
-        data_set=np.repeat(np.array([p.data_set for p in prompts], dtype=np.str_), group_size),
-        prompt_tokens=np.repeat(np.array([len(p.token_ids) for p in prompts], dtype=np.int64), group_size),
-        reward=columns["reward"].copy(),
-        components=matrix[:, len(SCALARS) :].copy(),
-        has_failed=columns["has_failed"] != 0,
-        has_experts=columns["has_experts"] != 0,
+        data_sets=np.array([p.data_set for p in prompts], dtype=np.str_),
+        prompt_tokens=np.repeat(np.array([len(p.token_ids) for p in prompts], dtype=np.int32), group_size),
+        components=components,
         has_steps=num_steps != _NO_STEPS,
         step_offsets=offsets,
         step_ends=steps[:, 0].astype(np.int64),
         step_values=steps[:, 1].copy(),
-        **integers,
+        **columns,
     )
 
 

@@ -63,6 +63,11 @@ class RolloutTokens:
         return sum(column.nbytes for column in vars(self).values() if column is not None)
 
     @property
+    def completion_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each completion, [N]."""
+        return self.lengths - self.prompt_tokens
+
+    @property
     def loss_counts(self) -> NDArray[np.int64]:
         """Loss tokens of each rollout, [N]."""
         bounds = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
@@ -79,21 +84,28 @@ class RolloutTokens:
         """Return the entries of a column [T] at the loss tokens."""
         return TokenValues(self.ids, offsets_of(self.loss_counts), column[self.loss_mask])
 
+    def of_prompts(self, column: NDArray[Any]) -> NDArray[Any]:
+        """Return the entries of a column [T] at the tokens of prompts."""
+        return join_ranges(column, self.offsets[:-1], self.offsets[:-1] + self.prompt_tokens)
+
+    def of_completions(self, column: NDArray[Any]) -> NDArray[Any]:
+        """Return the entries of a column [T] at the tokens of completions."""
+        return join_ranges(column, self.offsets[:-1] + self.prompt_tokens, self.offsets[1:])
+
     def select(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> RolloutTokens:
         """Return the rollouts at these places 0..N-1 (or a mask of N), in this order. Columns are copied."""
         places = np.arange(len(self))[places]
-        lengths = self.lengths[places]
-        chosen = ragged_index(self.offsets[:-1][places], lengths)
+        begins, ends = self.offsets[:-1][places], self.offsets[1:][places]
         experts = self.expert_choices
         return RolloutTokens(
             self.ids[places],
-            offsets_of(lengths),
+            offsets_of(ends - begins),
             self.prompt_tokens[places],
-            self.token_ids[chosen],
-            self.sampler_log_probs[chosen],
-            self.loss_mask[chosen],
-            self.policy_versions[chosen],
-            None if experts is None else experts[chosen],
+            join_ranges(self.token_ids, begins, ends),
+            join_ranges(self.sampler_log_probs, begins, ends),
+            join_ranges(self.loss_mask, begins, ends),
+            join_ranges(self.policy_versions, begins, ends),
+            None if experts is None else join_ranges(experts, begins, ends),
         )
 
     def with_ids(self, ids: NDArray[np.int64]) -> RolloutTokens:
@@ -126,18 +138,21 @@ class RolloutTokens:
         log_probs = _concatenate(
             [part for p, c in pairs for part in (np.zeros(len(p), np.float32), c.sampler_log_probs)], np.float32
         )
+        not_sampled = ~mask
+        np.copyto(log_probs, np.float32(0), where=not_sampled)
         versions = np.repeat(np.array([c.policy_version for c in completions], dtype=np.int32), lengths)
         for end, completion in zip(offsets_of(lengths)[1:].tolist(), completions, strict=True):
             if completion.policy_versions is not None:
                 versions[end - len(completion.token_ids) : end] = completion.policy_versions
+        np.copyto(versions, np.int32(NOT_SAMPLED), where=not_sampled)
         return cls(
             np.array([i for i, _ in rollouts], dtype=np.int64),
             offsets_of(lengths),
             prompt_tokens,
             _concatenate([part for p, c in pairs for part in (p, c.token_ids)], np.int32),
-            np.where(mask, log_probs, np.float32(0)),
+            log_probs,
             mask,
-            np.where(mask, versions, np.int32(NOT_SAMPLED)),
+            versions,
             _expert_choices([r for _, r in rollouts]),
         )
 
@@ -172,15 +187,23 @@ class RolloutTokens:
         return whole.with_ids(whole.ids)
 
 
-def offsets_of(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def offsets_of(counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Return [0, n_0, n_0 + n_1, ...], [N + 1] int64."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def ragged_index(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def ragged_index(starts: NDArray[np.integer[Any]], counts: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
     """Return starts[0], starts[0] + 1, ... (counts[0] numbers), then those from starts[1] on, and so on."""
     shifts = np.asarray(starts, dtype=np.int64) - offsets_of(counts)[:-1]
     return np.repeat(shifts, counts) + np.arange(int(np.sum(counts)), dtype=np.int64)
+
+
+def join_ranges(column: NDArray[Any], begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[Any]:
+    """Return the entries `begins[0] : ends[0]`, then `begins[1] : ends[1]`, and so on.
+
+    Each range is copied as a whole. This takes no array of indices, which would have 8 bytes per entry.
+    """
+    return np.concatenate([column[:0], *(column[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True))])
 
 
 def sums_per_rollout(values: TokenValues) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ than the limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -72,14 +72,14 @@ class RowShape:
 class RolloutCost:
     """Floating-point operations of a forward pass over a rollout of L tokens: linear * L + quadratic * L^2.
 
-    Only the ratio matters for a plan. The coefficients of a model are those of planner/step_time.py; the default counts
-    tokens.
+    Only the ratio matters for a plan. Neither coefficient is negative, so a longer rollout never costs less. Those of a
+    model are in planner/step_time.py; the default counts tokens.
     """
 
     linear: float = 1.0
     quadratic: float = 0.0
 
-    def of(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
+    def of(self, lengths: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """Return the operations of rollouts of these lengths in tokens, [N]."""
         tokens = np.asarray(lengths, dtype=np.float64)
         return self.linear * tokens + self.quadratic * tokens * tokens
@@ -95,8 +95,8 @@ class UpdatePlan:
         num_rows: microbatches of every rank; some may be empty.
     """
 
-    rank: NDArray[np.int64]
-    row: NDArray[np.int64]
+    rank: NDArray[np.int32]
+    row: NDArray[np.int32]
     num_rows: int
 
 
@@ -115,13 +115,13 @@ class StepPlan:
         cost: operations of a rollout.
     """
 
-    minibatch: NDArray[np.int64]
-    trainer: NDArray[np.int64]
-    row: NDArray[np.int64]
+    minibatch: NDArray[np.int32]
+    trainer: NDArray[np.int32]
+    row: NDArray[np.int32]
     num_rows: tuple[int, ...]
     dp: int
     row_tokens: int
-    lengths: NDArray[np.int64]
+    lengths: NDArray[np.int32]
     cost: RolloutCost
 
     def rows_of(self, dp_rank: int) -> list[list[NDArray[np.int64]]]:
@@ -154,7 +154,7 @@ class StepPlan:
 
 
 def plan_step(
-    lengths: NDArray[np.int64],
+    lengths: NDArray[np.integer[Any]],
     minibatches: Sequence[range],
     *,
     max_tokens: int,
@@ -176,8 +176,8 @@ def plan_step(
         UserError: a rollout is longer than `max_tokens`.
     """
     multiple = shape.segment_multiple
-    padded = -(-np.asarray(lengths, dtype=np.int64) // multiple) * multiple
-    minibatch, trainer, row = (np.full(len(padded), -1, dtype=np.int64) for _ in range(3))
+    padded = -(-np.asarray(lengths, dtype=np.int32) // multiple) * multiple
+    minibatch, trainer, row = (np.full(len(padded), -1, dtype=np.int32) for _ in range(3))
     num_rows, longest = [], 0
     for number, ids in enumerate(minibatches):
         part = slice(ids.start, ids.stop)
@@ -190,7 +190,7 @@ def plan_step(
 
 
 def plan_update(
-    lengths: Sequence[int] | NDArray[np.int64],
+    lengths: Sequence[int] | NDArray[np.integer[Any]],
     dp: int,
     max_tokens: int,
     microbatch_multiple: int = 1,
@@ -222,28 +222,34 @@ def plan_update(
             f"train.max_tokens_per_microbatch={max_tokens} cannot hold a rollout of {sizes.max()} tokens",
             remedy=f"use at least {sizes.max()} (data.max_prompt_tokens + sampling.max_tokens always suffices)",
         )
-    by_tokens = _plan(sizes, sizes.astype(np.float64), dp, max_tokens, microbatch_multiple)
-    if cost.quadratic == 0.0:
-        return by_tokens
-    by_cost = _plan(sizes, cost.of(sizes), dp, max_tokens, microbatch_multiple)
-    return min(by_cost, by_tokens, key=lambda plan: _slowest_rank(plan, sizes, dp, cost))
+    largest_first = np.argsort(-sizes, kind="stable")
+    sizes = sizes[largest_first]
+    found = _plan(sizes, sizes.astype(np.float64), dp, max_tokens, microbatch_multiple)
+    if cost.quadratic != 0.0:
+        by_cost = _plan(sizes, cost.of(sizes), dp, max_tokens, microbatch_multiple)
+        found = min(by_cost, found, key=lambda plan: _slowest_rank(plan, sizes, dp, cost))
+    rank, row = np.empty_like(found.rank), np.empty_like(found.row)
+    rank[largest_first], row[largest_first] = found.rank, found.row
+    return UpdatePlan(rank, row, found.num_rows)
 
 
 def _plan(
     lengths: NDArray[np.int64], costs: NDArray[np.float64], dp: int, max_tokens: int, microbatch_multiple: int
 ) -> UpdatePlan:
+    """Return the plan of rollouts in descending order of length and cost."""
     ranks = _spread(costs, dp)
-    tight = _first_fit(lengths, ranks, dp, max_tokens)
+    places = _by_place(ranks, dp)
+    tight = _first_fit(lengths, ranks, places, dp, max_tokens)
     needed = int(tight.max(initial=0)) + 1
     num_rows = -(-needed // microbatch_multiple) * microbatch_multiple
-    even = _spread_each(costs, ranks, dp, num_rows)
+    even = _spread_each(costs, ranks, places, dp, num_rows)
     totals = np.bincount(ranks * num_rows + even, lengths, dp * num_rows).reshape(dp, num_rows)
     # Rows of even length may exceed the limit where tight packing does not.
     exceeds = np.asarray((totals > max_tokens).any(axis=1))
     return UpdatePlan(ranks, np.where(exceeds[ranks], tight, even), num_rows)
 
 
-def _longest_row(plan: UpdatePlan, lengths: NDArray[np.int64]) -> int:
+def _longest_row(plan: UpdatePlan, lengths: NDArray[np.integer[Any]]) -> int:
     """Return the tokens of the longest row."""
     return int(np.bincount(plan.rank * plan.num_rows + plan.row, lengths).max(initial=0.0))
 
@@ -254,33 +260,34 @@ def _slowest_rank(plan: UpdatePlan, lengths: NDArray[np.int64], dp: int, cost: R
     return float(cost.linear * plan.num_rows * _longest_row(plan, lengths) + cost.quadratic * squares)
 
 
-def _spread(costs: NDArray[np.float64], num_bins: int) -> NDArray[np.int64]:
-    """Assign rollouts most costly first, each to the bin with the least cost (on a tie, the first such bin), [N].
+def _spread(costs: NDArray[np.float64], num_bins: int) -> NDArray[np.int32]:
+    """Assign rollouts in descending order of cost, each to the bin with the least cost (on a tie, the first), [N].
 
     As long as the next of the sorted bins has less than every bin that has just received a rollout, it is the one with
     the least cost. So a run of rollouts is assigned at once, to one sorted bin each.
     """
-    bins = np.zeros(len(costs), dtype=np.int64)
+    bins = np.zeros(len(costs), dtype=np.int32)
     if num_bins == 1:
         return bins
-    largest_first = np.argsort(-costs, kind="stable")
-    sorted_costs, totals, begin = costs[largest_first], np.zeros(num_bins), 0
+    totals, begin = np.zeros(num_bins), 0
     while begin < len(costs):
         least_first = np.argsort(totals, kind="stable")[: len(costs) - begin]
         before = totals[least_first]
-        after = before + sorted_costs[begin : begin + len(before)]
+        after = before + costs[begin : begin + len(before)]
         is_later = before[1:] >= np.minimum.accumulate(after)[:-1]
         size = int(is_later.argmax()) + 1 if is_later.any() else len(before)
         totals[least_first[:size]] = after[:size]
-        bins[largest_first[begin : begin + size]] = least_first[:size]
+        bins[begin : begin + size] = least_first[:size]
         begin += size
     return bins
 
 
-def _spread_each(costs: NDArray[np.float64], ranks: NDArray[np.int64], dp: int, num_bins: int) -> NDArray[np.int64]:
+def _spread_each(
+    costs: NDArray[np.float64], ranks: NDArray[np.int32], places: Sequence[NDArray[np.int64]], dp: int, num_bins: int
+) -> NDArray[np.int32]:
     """Assign the rollouts of each rank to its bins as `_spread` does, [N]; for all ranks at the same time."""
-    totals, bins = np.zeros((dp, num_bins)), np.zeros(len(costs), dtype=np.int64)
-    for rollouts in _by_place(-costs, ranks, dp):
+    totals, bins = np.zeros((dp, num_bins)), np.zeros(len(costs), dtype=np.int32)
+    for rollouts in places:
         own = ranks[rollouts]
         least = totals[own].argmin(axis=1)
         totals[own, least] += costs[rollouts]
@@ -288,13 +295,15 @@ def _spread_each(costs: NDArray[np.float64], ranks: NDArray[np.int64], dp: int, 
     return bins
 
 
-def _first_fit(lengths: NDArray[np.int64], ranks: NDArray[np.int64], dp: int, max_tokens: int) -> NDArray[np.int64]:
+def _first_fit(
+    lengths: NDArray[np.int64], ranks: NDArray[np.int32], places: Sequence[NDArray[np.int64]], dp: int, max_tokens: int
+) -> NDArray[np.int32]:
     """Assign the rollouts of each rank to bins of at most `max_tokens` by first-fit decreasing, [N]."""
     most = np.bincount(ranks, lengths, dp).max()
     # Any two bins that are used have more than `max_tokens` together.
     totals = np.zeros((dp, 2 * int(most) // max_tokens + 2), dtype=np.int64)
-    bins = np.zeros(len(lengths), dtype=np.int64)
-    for rollouts in _by_place(-lengths, ranks, dp):
+    bins = np.zeros(len(lengths), dtype=np.int32)
+    for rollouts in places:
         own, sizes = ranks[rollouts], lengths[rollouts]
         first = (totals[own] <= (max_tokens - sizes)[:, None]).argmax(axis=1)
         totals[own, first] += sizes
@@ -302,12 +311,13 @@ def _first_fit(lengths: NDArray[np.int64], ranks: NDArray[np.int64], dp: int, ma
     return bins
 
 
-def _by_place(keys: NDArray[Any], ranks: NDArray[np.int64], dp: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the rollouts with the smallest key of each rank, then those with the next, and so on."""
-    order = np.argsort(keys, kind="stable")
+def _by_place(ranks: NDArray[np.int32], dp: int) -> list[NDArray[np.int64]]:
+    """Return the first rollout of each rank that has one, then the second of each, and so on."""
+    if not len(ranks):
+        return []
     counts = np.bincount(ranks, minlength=dp)
     # Stable sorts of small integers take linear time.
-    by_rank = order[np.argsort(ranks[order].astype(np.min_scalar_type(dp)), kind="stable")]
-    places = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    by_rank = np.argsort(ranks.astype(np.min_scalar_type(dp)), kind="stable")
+    places = np.arange(len(ranks)) - np.repeat(np.cumsum(counts) - counts, counts)
     by_place = by_rank[np.argsort(places.astype(np.min_scalar_type(counts.max())), kind="stable")]
-    yield from np.split(by_place, np.cumsum(np.bincount(places))[:-1]) if len(order) else ()
+    return np.split(by_place, np.cumsum(np.bincount(places))[:-1])

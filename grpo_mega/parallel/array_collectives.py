@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from grpo_mega.parallel.ranks import Ranks
 
+_Ints = NDArray[np.integer[Any]]
+
 
 class ArrayCollectives:
     """Collectives of this rank. Construction is collective: it creates a process group per data-parallel replica."""
@@ -51,9 +53,7 @@ class ArrayCollectives:
         topology = self.ranks.topology
         return self.gather(values)[[topology.loss_rank(dp_rank) for dp_rank in range(topology.dp)]]
 
-    def move(
-        self, values: NDArray[Any], counts: NDArray[np.int64], source: NDArray[np.int64], target: NDArray[np.int64]
-    ) -> NDArray[Any]:
+    def move(self, values: NDArray[Any], counts: _Ints, source: _Ints, target: _Ints) -> NDArray[Any]:
         """Send the entries of each rollout from the rank that has them to another rank. Collective: one all-to-all.
 
         Args:
@@ -112,16 +112,14 @@ def _as_bytes(values: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
-def _take(values: NDArray[Any], counts: NDArray[np.int64], order: NDArray[np.int64]) -> NDArray[Any]:
+def _take(values: NDArray[Any], counts: _Ints, order: _Ints) -> NDArray[Any]:
     """Return the entries of ragged rows in another order of the rows. A row is copied as a whole."""
     ends = np.cumsum(counts)
     starts, ends = (ends - counts)[order].tolist(), ends[order].tolist()
     return np.concatenate([values[:0], *(values[begin:end] for begin, end in zip(starts, ends, strict=True))])
 
 
-def _bytes_per_rank(
-    peers: NDArray[np.int64], counts: NDArray[np.int64], values: NDArray[Any], world_size: int
-) -> list[int]:
+def _bytes_per_rank(peers: _Ints, counts: _Ints, values: NDArray[Any], world_size: int) -> list[int]:
     entry = values.dtype.itemsize * int(np.prod(values.shape[1:], dtype=np.int64))
     totals = np.zeros(world_size, dtype=np.int64)
     np.add.at(totals, peers, counts)

@@ -61,12 +61,12 @@ def build_example_batch(
         UserError: an example is longer than a row.
     """
     spans = split_minibatches(len(examples), train.minibatches_per_epoch)
-    weights = [w for span in spans for w in token_mean_weights([examples[i].num_loss_tokens for i in span])]
-    lengths = np.array([len(example.token_ids) for example in examples], dtype=np.int64)
+    weights = np.concatenate([token_mean_weights([examples[i].num_loss_tokens for i in span]) for span in spans])
+    lengths = np.array([len(example.token_ids) for example in examples], dtype=np.int32)
     plan = plan_step(lengths, spans, max_tokens=train.max_tokens_per_microbatch, dp=dp, shape=shape)
     tokens = example_tokens(examples, np.flatnonzero(plan.trainer == dp_rank).tolist())
     zeros = tokens.on_loss_tokens(tokens.sampler_log_probs)
-    rows = rows_of_plan(plan, dp_rank, tokens, zeros, np.array(weights), segment_multiple=shape.segment_multiple)
+    rows = rows_of_plan(plan, dp_rank, tokens, zeros, weights, segment_multiple=shape.segment_multiple)
     unscored = np.full(len(examples), np.nan)
     return TrainBatch(rows, plan, zeros, unscored, np.ones(len(examples), np.bool_))
 

@@ -44,11 +44,15 @@ def group_metrics(rewards: Numbers, right: Flags, group_size: int) -> dict[str, 
     }
     if (several := counts > 1).any():
         found["group/reward_std"] = float(np.nanstd(reward[several], axis=1, ddof=1).mean())
-    k = 1
+    codes, repeats = np.unique(counts * (group_size + 1) + num_right, return_counts=True)  # few, of many groups
+    num_scored, k = codes // (group_size + 1), 1
     while k <= group_size:
-        values = [pass_at_k(n, c, k) for n, c in zip(counts.tolist(), num_right.tolist(), strict=True) if n >= k]
-        if values:
-            found[f"group/pass_at_{k}"] = float(np.mean(values))
+        defined = num_scored >= k
+        if defined.any():
+            values = [
+                pass_at_k(code // (group_size + 1), code % (group_size + 1), k) for code in codes[defined].tolist()
+            ]
+            found[f"group/pass_at_{k}"] = float(np.average(values, weights=repeats[defined]))
         k *= 2
     return found
 

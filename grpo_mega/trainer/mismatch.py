@@ -7,7 +7,9 @@ Asserted by tests/unit/trainer/test_mismatch.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ from grpo_mega.types import TokenValues
 
 MIN_PROBABILITY = 1e-3
 """Tokens that policy and sampler both find less likely are dominated by rounding, and are not compared."""
+_Floats = NDArray[np.floating[Any]]
+_BLOCK = 1 << 15
+"""Tokens that are compared at once: the arrays of float64 stay in the cache, and none is as long as the log-probs."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,14 @@ class Differences:
 
     Attributes:
         tokens: the rollouts of these tokens.
-        old: [n] float64, of the policy before the update.
-        sampled: [n] float64, of the sampler.
+        old: [n] of the policy before the update, in the type of `Differences.of`.
+        sampled: [n] float32, of the sampler.
         counts: loss tokens of each rollout of `tokens`.
     """
 
     tokens: RolloutTokens
-    old: NDArray[np.float64]
-    sampled: NDArray[np.float64]
+    old: _Floats
+    sampled: NDArray[np.float32]
     counts: NDArray[np.int64]
 
     @classmethod
@@ -43,7 +48,7 @@ class Differences:
 
         Args:
             tokens: rollouts that this rank sampled.
-            old_log_probs: of some of these rollouts, float32.
+            old_log_probs: of some of these rollouts.
             policy_version: of the weights of `old_log_probs`. Tokens that other weights sampled are left out: their
                 difference is a change of the policy. None: the same weights sampled all tokens.
 
@@ -61,38 +66,41 @@ class Differences:
                 f"{len(sampled.values)} loss tokens of {len(sampled.ids)} of them"
             )
         old = old_log_probs.values
-        is_present = known.loss_mask if policy_version is None else known.policy_versions == policy_version
-        if not is_present[known.loss_mask].all():
-            old = old[is_present[known.loss_mask]]
-            known = replace(known, loss_mask=known.loss_mask & is_present)
-            sampled = known.on_loss_tokens(known.sampler_log_probs)
-        return cls(known, old.astype(np.float64), sampled.values.astype(np.float64), sampled.counts)
+        if policy_version is not None:
+            is_present = (known.policy_versions == policy_version)[known.loss_mask]
+            if not is_present.all():
+                old = old[is_present]
+                known = replace(known, loss_mask=known.loss_mask & (known.policy_versions == policy_version))
+                sampled = known.on_loss_tokens(known.sampler_log_probs)
+        return cls(known, old, sampled.values, sampled.counts)
 
     @property
     def sizes(self) -> NDArray[np.float64]:
         """|old - sampled| of each token, infinite if one of them is not a number, [n]."""
-        with np.errstate(invalid="ignore"):
-            found = np.abs(self.old - self.sampled)
-        return np.where(np.isnan(found), np.inf, found)
+        return _sizes(self.old, self.sampled)
 
     @property
     def is_likely(self) -> NDArray[np.bool_]:
         """True for tokens with a probability above MIN_PROBABILITY for the policy or for the sampler, [n]."""
-        least = math.log(MIN_PROBABILITY)
-        return ~((self.old <= least) & (self.sampled <= least))
+        return _is_likely(self.old, self.sampled)
+
+    def num_beyond(self, bound: float) -> int:
+        """Return the number of likely tokens whose difference exceeds the bound, in nats."""
+        return sum(int(np.count_nonzero((_sizes(*part) > bound) & _is_likely(*part))) for part in self._blocks())
 
     def sums(self) -> NDArray[np.float64]:
         """Return max |m|, the same over likely tokens, sum and max of exp(m) - m - 1, n; [K] with K = 5.
 
         m is old - sampled. In exp, an m above 40 counts as 40, which does not overflow. A maximum over nothing is 0.
         """
-        with np.errstate(invalid="ignore"):
-            m = self.old - self.sampled
-        bounded = np.minimum(m, MAX_REPORTED_LOG_RATIO)
-        likely = self.sizes[self.is_likely]
-        k3 = np.expm1(bounded) - bounded
-        largest = np.abs(m).max(initial=0.0), likely.max(initial=0.0)
-        return np.array([*largest, k3.sum(), k3.max(initial=0.0), len(m)])
+        parts = np.array([_sums(*part) for part in self._blocks()] or [np.zeros(4)])
+        largest = parts[:, :2].max(axis=0)
+        return np.array([*largest, parts[:, 2].sum(), parts[:, 3].max(), len(self.old)])
+
+    def _blocks(self) -> Iterator[tuple[_Floats, _Floats]]:
+        """Yield `old` and `sampled` in parts of at most `_BLOCK` tokens."""
+        for begin in range(0, len(self.old), _BLOCK):
+            yield self.old[begin : begin + _BLOCK], self.sampled[begin : begin + _BLOCK]
 
     def distinct(self, prompt_index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return places 0..n-1 of the likely tokens, one for tokens of a prompt with the same tokens before them.
@@ -142,6 +150,30 @@ def mismatch_metrics(sums: NDArray[np.float64]) -> dict[str, float]:
         "train/mismatch_kl_max": float(sums[:, 3].max()),
         "train/mismatch_kl": float(sums[:, 2].sum() / max(1.0, sums[:, 4].sum())),
     }
+
+
+def _differences(old: _Floats, sampled: _Floats) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):
+        return np.subtract(old, sampled, dtype=np.float64)
+
+
+def _sizes(old: _Floats, sampled: _Floats) -> NDArray[np.float64]:
+    found = np.abs(_differences(old, sampled))
+    return np.where(np.isnan(found), np.inf, found)
+
+
+def _is_likely(old: _Floats, sampled: _Floats) -> NDArray[np.bool_]:
+    least = np.float64(math.log(MIN_PROBABILITY))
+    return ~((old <= least) & (sampled <= least))
+
+
+def _sums(old: _Floats, sampled: _Floats) -> NDArray[np.float64]:
+    """Return the first four of `Differences.sums` for at least one token."""
+    m = _differences(old, sampled)
+    bounded = np.minimum(m, MAX_REPORTED_LOG_RATIO)
+    k3 = np.expm1(bounded) - bounded
+    likely = _sizes(old, sampled)[_is_likely(old, sampled)]
+    return np.array([np.abs(m).max(), likely.max(initial=0.0), k3.sum(), k3.max()])
 
 
 def _prefix_hashes(tokens: RolloutTokens) -> NDArray[np.uint64]:

@@ -108,11 +108,11 @@ class MismatchGuard:
         if self.bound is None:
             return
         differences, table = compared.differences, compared.table
-        sizes = differences.sizes
-        beyond = (sizes > self.bound) & differences.is_likely
-        if not gather(np.array([float(beyond.sum())])).any():
+        if not gather(np.array([float(differences.num_beyond(self.bound))])).any():
             self._last_steps.append(False)
             return
+        sizes = differences.sizes
+        beyond = (sizes > self.bound) & differences.is_likely
         distinct = differences.distinct(table.prompt_index[differences.tokens.ids])
         largest = distinct[np.argmax(sizes[distinct])] if len(distinct) else None
         described = [-1.0, 0.0, 0.0, 0.0, 0.0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +117,7 @@ class Objective:
         weights = np.zeros(len(table))
         for ids in minibatches if minibatches is not None else [range(len(table))]:
             kept = np.flatnonzero(counted[ids.start : ids.stop]) + ids.start
-            weights[kept] = self._weights(tokens[kept].tolist(), size)
+            weights[kept] = self._weights(tokens[kept], size)
         return TokenWeights(weights, is_trained)
 
     def credit(
@@ -230,7 +231,7 @@ class Objective:
             "group_token_mean": "mean over a group's completion tokens, then mean over the update's groups",
         }[self.algorithm.aggregation]
 
-    def _weights(self, counts: Sequence[int], group_size: int) -> list[float]:
+    def _weights(self, counts: NDArray[np.integer[Any]], group_size: int) -> NDArray[np.float64]:
         """Return the weight of each rollout of an update from the numbers of loss tokens."""
         mode = self.algorithm.aggregation
         if mode == "rollout_mean":

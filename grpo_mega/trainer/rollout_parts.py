@@ -17,7 +17,7 @@ import torch
 from grpo_mega.config.schema import Config, SampledRollouts
 from grpo_mega.data.expert_records import has_record, widen_record
 from grpo_mega.data.rollout_table import STOP_REASONS, RolloutTable
-from grpo_mega.data.rollout_tokens import RolloutTokens, offsets_of
+from grpo_mega.data.rollout_tokens import RolloutTokens, join_ranges, offsets_of
 from grpo_mega.observe.background_writer import BackgroundWriter
 from grpo_mega.observe.group_texts import shown_groups
 from grpo_mega.observe.rollout_files.columns import RaggedColumn, RolloutColumns
@@ -101,28 +101,27 @@ def share_columns(
         ValueError: the log-probs of a rollout do not have one entry per token that the policy sampled.
     """
     table, tokens = groups.table, groups.tokens
-    rows, counts = tokens.ids, tokens.lengths - tokens.prompt_tokens
-    positions = np.arange(len(tokens.token_ids)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
-    is_completion = positions >= np.repeat(tokens.prompt_tokens, tokens.lengths)
-    mask = tokens.loss_mask[is_completion]
+    rows, counts = tokens.ids, tokens.completion_tokens
+    mask, versions = tokens.of_completions(tokens.loss_mask), tokens.of_completions(tokens.policy_versions)
     prompts = [groups.prompts[group] for group in (rows // groups.group_size).tolist()]
     has_results, has_old = tokens.loss_counts < counts, np.isin(rows, old_log_probs.ids)
-    versions, last_version = tokens.policy_versions[is_completion], table.policy_version[rows].astype(np.int32)
-    is_other = mask & (versions != np.repeat(last_version, counts))
-    has_versions = np.isin(np.arange(len(rows)), np.repeat(np.arange(len(rows)), counts)[is_other])
+    last_version = table.policy_version[rows]
+    has_versions = _has_others(versions, mask, counts, last_version)
     if not np.array_equal(old_log_probs.counts, tokens.loss_counts[has_old]):
         raise ValueError("old_log_probs must have one entry per token that the policy sampled")
-    old = np.zeros(int(counts[has_old].sum()), np.float32)
-    old[mask[np.repeat(has_old, counts)]] = old_log_probs.values
+    old, is_sampled = old_log_probs.values.astype(np.float32, copy=False), _present_entries(mask, counts, has_old)
+    if not is_sampled.all():
+        old = np.zeros(len(is_sampled), np.float32)
+        old[is_sampled] = old_log_probs.values
     names = table.component_names
     return RolloutColumns(
         step=step,
         group=(rows // groups.group_size).astype(np.int32),
         member=(rows % groups.group_size).astype(np.int32),
         prompt_index=table.prompt_index[rows],
-        replica=table.replica[rows].astype(np.int32),
+        replica=table.replica[rows],
         policy_version=last_version,
-        num_turns=table.num_turns[rows].astype(np.int32),
+        num_turns=table.num_turns[rows],
         reward=table.reward[rows],
         advantage=mean_advantages[rows],
         data_set=[prompt.data_set for prompt in prompts],
@@ -135,16 +134,38 @@ def share_columns(
             for values in table.components[rows].tolist()
         ],
         reward_failures=groups.failures,
-        prompt_ids=RaggedColumn(tokens.token_ids[~is_completion], offsets_of(tokens.prompt_tokens)),
-        completion_ids=RaggedColumn(tokens.token_ids[is_completion], offsets_of(counts)),
-        sampler_log_probs=RaggedColumn(tokens.sampler_log_probs[is_completion], offsets_of(counts)),
+        prompt_ids=RaggedColumn(tokens.of_prompts(tokens.token_ids), offsets_of(tokens.prompt_tokens)),
+        completion_ids=RaggedColumn(tokens.of_completions(tokens.token_ids), offsets_of(counts)),
+        sampler_log_probs=RaggedColumn(tokens.of_completions(tokens.sampler_log_probs), offsets_of(counts)),
         old_log_probs=_with_nulls(old, counts, has_old),
-        loss_mask=_with_nulls(mask[np.repeat(has_results, counts)], counts, has_results),
-        policy_versions=_with_nulls(versions[np.repeat(has_versions, counts)], counts, has_versions),
+        loss_mask=_with_nulls(_present_entries(mask, counts, has_results), counts, has_results),
+        policy_versions=_with_nulls(_present_entries(versions, counts, has_versions), counts, has_versions),
         steps=_steps(table, rows),
         expert_choices=_expert_choices(tokens, table.has_experts[rows]),
         expert_shape=None if tokens.expert_choices is None else tokens.expert_choices.shape[1:],
     )
+
+
+def _present_entries(
+    values: npt.NDArray[Any], counts: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]
+) -> npt.NDArray[Any]:
+    """Return the entries of the rows that are present; `counts` has the entries of each row."""
+    if present.all():
+        return values
+    ends = offsets_of(counts)[1:][present]
+    return join_ranges(values, ends - counts[present], ends)
+
+
+def _has_others(
+    versions: npt.NDArray[np.int32],
+    mask: npt.NDArray[np.bool_],
+    counts: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int32],
+) -> npt.NDArray[np.bool_]:
+    """Return True for each row in which the policy sampled a token with another version than `last`."""
+    ends = offsets_of(counts).tolist()
+    rows = zip(ends[:-1], ends[1:], last.tolist(), strict=True)
+    return np.array([((versions[a:b] != version) & mask[a:b]).any() for a, b, version in rows], np.bool_)
 
 
 def _with_nulls(

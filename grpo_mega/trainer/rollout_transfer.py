@@ -21,6 +21,7 @@ from grpo_mega.parallel.array_collectives import ArrayCollectives
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import TokenValues
 
+_Ints = NDArray[np.integer[Any]]
 _RECORD_TYPES = (np.dtype(np.uint8), np.dtype(np.int16))
 
 
@@ -35,7 +36,7 @@ class RolloutTransfer:
         """Coordinates of this rank."""
         return self.collectives.ranks
 
-    def to_trainers(self, tokens: RolloutTokens, table: RolloutTable, trainer: NDArray[np.int64]) -> RolloutTokens:
+    def to_trainers(self, tokens: RolloutTokens, table: RolloutTable, trainer: _Ints) -> RolloutTokens:
         """Return the rollouts that this rank trains.
 
         Args:
@@ -52,7 +53,7 @@ class RolloutTransfer:
         ids = np.flatnonzero(trainer == self.ranks.at.dp_rank)
         lengths, source = table.num_tokens, self._samplers(table)
         topology = self.ranks.topology
-        target = np.array([topology.first_rank(dp_rank) for dp_rank in range(topology.dp)], dtype=np.int64)[trainer]
+        target = np.array([topology.first_rank(dp_rank) for dp_rank in range(topology.dp)], dtype=np.int32)[trainer]
         size = int(lengths[ids].sum())
 
         def moved(column: NDArray[Any]) -> NDArray[Any]:
@@ -63,7 +64,7 @@ class RolloutTransfer:
         return RolloutTokens(
             ids,
             offsets_of(lengths[ids]),
-            table.prompt_tokens[ids],
+            table.prompt_tokens[ids].astype(np.int64),
             moved(tokens.token_ids),
             moved(tokens.sampler_log_probs),
             moved(tokens.loss_mask),
@@ -71,7 +72,7 @@ class RolloutTransfer:
             None if experts is None else moved(experts),
         )
 
-    def to_samplers(self, values: TokenValues | None, table: RolloutTable, trainer: NDArray[np.int64]) -> TokenValues:
+    def to_samplers(self, values: TokenValues | None, table: RolloutTable, trainer: _Ints) -> TokenValues:
         """Return numbers of the rollouts that this rank's prompt shard sampled, on its first rank; else of none.
 
         Args:
@@ -82,7 +83,7 @@ class RolloutTransfer:
         """
         topology, known = self.ranks.topology, trainer >= 0
         counts = np.where(known, table.loss_tokens, 0)
-        loss_ranks = np.array([topology.loss_rank(dp_rank) for dp_rank in range(topology.dp)], dtype=np.int64)
+        loss_ranks = np.array([topology.loss_rank(dp_rank) for dp_rank in range(topology.dp)], dtype=np.int32)
         source = np.where(known, loss_ranks[trainer], -1)
         target = np.where(known, self._samplers(table), -1)
         is_source = self.ranks.rank == topology.loss_rank(self.ranks.at.dp_rank)
@@ -112,7 +113,7 @@ class RolloutTransfer:
             every[ids] = values
         return self.collectives.sum(every)
 
-    def _samplers(self, table: RolloutTable) -> NDArray[np.int64]:
+    def _samplers(self, table: RolloutTable) -> NDArray[np.int32]:
         """Return the rank that has the tokens of each rollout, [R]."""
         return table.share * self.ranks.topology.share_size
 

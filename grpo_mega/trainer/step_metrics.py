@@ -114,7 +114,7 @@ def reward_metrics(groups: SampledGroups, right: NDArray[np.bool_]) -> dict[str,
         right: [R] True for a right answer.
     """
     table, scored = groups.table, groups.table.is_scored
-    values = table.reward[scored].tolist()
+    values = table.reward[scored]
     components = {
         f"reward/component/{name}": _mean(column[~np.isnan(column)])
         for name, column in zip(table.component_names, table.components.T, strict=True)
@@ -123,7 +123,7 @@ def reward_metrics(groups: SampledGroups, right: NDArray[np.bool_]) -> dict[str,
     num_degenerate = int(groups.degenerate.sum()) + groups.num_discarded
     return {
         "reward/mean": _mean(values),
-        "reward/std": statistics.pstdev(values) if values else math.nan,
+        "reward/std": float((values - values[0]).std()) if len(values) else math.nan,  # 0 if all are equal
         "reward/accuracy": _mean(right[scored]),
         "reward/failed_fraction": _mean(table.has_failed),
         "reward/dropped_fraction": _mean(~scored),
@@ -137,7 +137,7 @@ def _sets(table: RolloutTable, sets: Sequence[str], right: NDArray[np.bool_]) ->
     """Return the metrics of each training set that has rollouts in this step."""
     found: dict[str, float] = {}
     for name in sets:
-        own = table.data_set == name
+        own = table.is_from(name)
         if not own.any():
             continue
         scored = own & table.is_scored
@@ -154,10 +154,12 @@ def _sets(table: RolloutTable, sets: Sequence[str], right: NDArray[np.bool_]) ->
     return found
 
 
-def _mean(values: Sequence[float] | NDArray[Any]) -> float:
+def _mean(values: NDArray[Any]) -> float:
     """Return the mean of one number per rollout, without rounding errors of the sum; NaN of nothing."""
-    numbers = np.asarray(values, dtype=np.float64).tolist()
-    return statistics.fmean(numbers) if numbers else math.nan
+    if not len(values):
+        return math.nan
+    total = math.fsum(values) if values.dtype.kind == "f" else int(values.sum())
+    return total / len(values)
 
 
 def _lengths(table: RolloutTable, num_replicas: int) -> dict[str, float]:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.integer[Any]]
 NGRAM = 4
 """Tokens of an n-gram."""
+_CHUNK_TOKENS = 1 << 18
+"""Answers are hashed in groups of about this number of tokens, whose arrays of 8 bytes per token are used again."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 # First code points of ranges with one script each; 0 is no letter of a script. A letter outside of these is script 1,
@@ -45,14 +47,27 @@ def repetition_sums(token_ids: Ints, offsets: Ints, n: int = NGRAM) -> NDArray[n
         offsets: [N + 1], answer i has the tokens `offsets[i]` to `offsets[i + 1] - 1`.
         n: tokens of an n-gram.
     """
-    answer = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    found, first = np.zeros(2), 0
+    while first < len(offsets) - 1:
+        after = int(np.searchsorted(offsets, offsets[first] + _CHUNK_TOKENS, side="right")) - 1
+        last = max(first + 1, after)
+        bounds = offsets[first : last + 1]
+        found += _repetition_sums(token_ids[bounds[0] : bounds[-1]], bounds, n)
+        first = last
+    return found
+
+
+def _repetition_sums(token_ids: Ints, offsets: Ints, n: int) -> NDArray[np.float64]:
+    """Return `repetition_sums` of a few answers; the first offset may be any number."""
+    answer = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
     num = len(token_ids) - n + 1
     if num <= 0:
         return np.zeros(2)
     with np.errstate(over="ignore"):  # equal n-grams of two answers have different codes
         codes = (answer[:num].astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
         for place in range(n):
-            codes = (codes ^ token_ids[place : place + num].astype(np.uint64)) * _MULTIPLIER
+            codes ^= token_ids[place : place + num].astype(np.uint64)
+            codes *= _MULTIPLIER
             codes ^= codes >> np.uint64(29)
     inside = codes[answer[:num] == answer[n - 1 :]]
     ordered = np.sort(inside)  # much faster than np.unique

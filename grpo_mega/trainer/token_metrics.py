@@ -76,9 +76,7 @@ def staleness_metrics(parts: NDArray[np.float64], carry: StepCarry) -> dict[str,
 
 def repetition_of(tokens: RolloutTokens) -> NDArray[np.float64]:
     """Return `repetition_sums` of the completions, [K] with K = 2."""
-    positions = np.arange(len(tokens.token_ids)) - np.repeat(tokens.offsets[:-1], tokens.lengths)
-    completions = tokens.token_ids[positions >= np.repeat(tokens.prompt_tokens, tokens.lengths)]
-    return repetition_sums(completions, offsets_of(tokens.lengths - tokens.prompt_tokens))
+    return repetition_sums(tokens.of_completions(tokens.token_ids), offsets_of(tokens.completion_tokens))
 
 
 def scripts_of(groups: SampledGroups) -> NDArray[np.float64]:

@@ -67,7 +67,7 @@ def group_std(step: StepRewards) -> Estimates:
 
     Source: see `group_advantages`.
     """
-    return Estimates(over_scored(step, partial(group_advantages, scale="std")).flatten().tolist())
+    return Estimates(over_scored(step, partial(group_advantages, scale="std")).flatten().numpy())
 
 
 @advantage
@@ -79,7 +79,7 @@ def group_mean(step: StepRewards) -> Estimates:
 
     Source: see `group_advantages`, scale "none".
     """
-    return Estimates(over_scored(step, partial(group_advantages, scale="none")).flatten().tolist())
+    return Estimates(over_scored(step, partial(group_advantages, scale="none")).flatten().numpy())
 
 
 @advantage
@@ -91,7 +91,7 @@ def leave_one_out(step: StepRewards) -> Estimates:
 
     Source: see `leave_one_out_advantages`.
     """
-    return Estimates(over_scored(step, leave_one_out_advantages).flatten().tolist())
+    return Estimates(over_scored(step, leave_one_out_advantages).flatten().numpy())
 
 
 def over_scored(step: StepRewards, advantages_of: Callable[[Tensor], Tensor]) -> Tensor:

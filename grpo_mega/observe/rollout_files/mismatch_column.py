@@ -21,8 +21,8 @@ _DROPPED = 23 - MISMATCH_BITS
 _BLOCK = 1 << 16  # numbers that are rounded at once, so that they stay in the cache
 
 
-def rounded(difference: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return each number with `MISMATCH_BITS + 1` significant bits, rounded to nearest, halves to even.
+def rounded_differences(old: NDArray[np.float32], sampler: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return old - sampler with `MISMATCH_BITS + 1` significant bits, rounded to nearest, halves to even.
 
     The results are numbers of float16: below 6e-5 they have its spacing there, 6e-8, and above 65,504 they are
     infinite. In float32 their bytes compress as well, and Parquet writes them in half of the time.
@@ -30,22 +30,25 @@ def rounded(difference: NDArray[np.float32]) -> NDArray[np.float32]:
     import torch  # readers of rollouts start without it
 
     half = 1 << (_DROPPED - 1)
-    numbers = torch.from_numpy(np.ascontiguousarray(difference, dtype=np.float32))
-    found = torch.empty(len(numbers), dtype=torch.float32)
-    for begin in range(0, len(numbers), _BLOCK):
-        block = numbers[begin : begin + _BLOCK]
+    found, difference = torch.empty(len(old), dtype=torch.float32), np.empty(_BLOCK, np.float32)
+    for begin in range(0, len(old), _BLOCK):
+        part = slice(begin, min(begin + _BLOCK, len(old)))
+        exact = difference[: part.stop - begin]
+        with np.errstate(invalid="ignore"):
+            np.subtract(old[part], sampler[part], out=exact)
+        block = torch.from_numpy(exact)
         bits = block.view(torch.int32)
         kept = (bits >> _DROPPED).bitwise_and_(1).add_(bits).add_(half - 1).bitwise_and_(-1 << _DROPPED)
         if block.sum().isnan():  # the sums above may have carried into the sign of NaN
             kept = torch.where(block.isnan(), bits, kept)
-        found[begin : begin + _BLOCK] = kept.view(torch.float32).half()
+        found[part] = kept.view(torch.float32).half()
     return found.numpy()
 
 
 def as_stored(old: NDArray[np.float32], sampler: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return log-probs of the policy as a reader of the files gets them, from those of policy and engine."""
     with np.errstate(invalid="ignore"):
-        return np.asarray(sampler + rounded(old - sampler))
+        return np.asarray(sampler + rounded_differences(old, sampler))
 
 
 def with_mismatch(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -55,8 +58,7 @@ def with_mismatch(batch: pa.RecordBatch) -> pa.RecordBatch:
     mismatch = pa.nulls(len(batch), of_type)
     if old.null_count < len(old):
         known = _values(sampler.filter(old.is_valid()) if old.null_count else sampler)
-        with np.errstate(invalid="ignore"):
-            values = pa.array(rounded(_values(old) - known))
+        values = pa.array(rounded_differences(_values(old), known))
         mask = pc.is_null(old) if old.null_count else None
         mismatch = pa.ListArray.from_arrays(_offsets(old), values, type=of_type, mask=mask)
     columns = [mismatch if name == "mismatch" else batch.column(name) for name in FILE_SCHEMA.names]

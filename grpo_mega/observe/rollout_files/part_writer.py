@@ -57,9 +57,9 @@ def write_part(folder: Path, part: int, num_parts: int, columns: RolloutColumns)
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            _write(pa.PythonFile(file), part, num_parts, columns)
-            file.flush()
+        with temporary.open("wb") as file:  # opened before the first write, so that fsync reports errors of all writes
+            with pa.OSFile(str(temporary), "wb") as sink:
+                _write(sink, part, num_parts, columns)
             os.fsync(file.fileno())
         temporary.replace(path)
         for parent in (folder, folder.parent):
@@ -74,7 +74,7 @@ def write_part(folder: Path, part: int, num_parts: int, columns: RolloutColumns)
         ) from error
 
 
-def _write(sink: pa.PythonFile, part: int, num_parts: int, columns: RolloutColumns) -> None:
+def _write(sink: pa.NativeFile, part: int, num_parts: int, columns: RolloutColumns) -> None:
     metadata = {VERSION_KEY: f"{SCHEMA_VERSION}", PART_KEY: f"{part}", NUM_PARTS_KEY: f"{num_parts}"}
     if columns.expert_shape is not None:
         metadata[EXPERT_SHAPE_KEY] = ",".join(map(str, columns.expert_shape))

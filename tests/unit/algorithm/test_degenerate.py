@@ -40,7 +40,7 @@ def test_rounding_is_no_reason_for_an_advantage(rewards: tuple[float, float]) ->
     assert SampledGroups.of(rollouts(*group), 3).degenerate[0]
     step = StepRewards(list(group), 3)
     for estimator in (group_std, group_mean, leave_one_out):
-        assert estimator(step).advantages == [0.0, 0.0, 0.0]
+        assert list(estimator(step).advantages) == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("rewards", [(0.3, 0.3 + 1e-6), (1e7, 1e7 + 1), (0.0, 1e-11), (-1.0, 1.0)])
@@ -50,7 +50,7 @@ def test_a_difference_above_rounding_is_kept_bit_for_bit(rewards: tuple[float, f
     step = StepRewards(list(group), 4)
     matrix = torch.tensor([group], dtype=torch.float32)
     assert torch.equal(step.reward_matrix, matrix)
-    assert group_std(step).advantages == group_advantages(matrix, scale="std").flatten().tolist()
+    assert list(group_std(step).advantages) == group_advantages(matrix, scale="std").flatten().tolist()
     assert any(group_std(step).advantages)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grpo_mega.data import rollout_table
 from grpo_mega.data.rollout_table import RolloutTable, gather_table
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
@@ -35,7 +36,7 @@ def test_columns_by_hand() -> None:
     found = table()
     expected: dict[str, Any] = {
         "prompt_index": [30, 30, 31, 31],
-        "data_set": ["a", "a", "b", "b"],
+        "data_sets": ["a", "b"],
         "prompt_tokens": [2, 2, 1, 1],
         "completion_tokens": [1, 2, 3, 1],
         "loss_tokens": [1, 2, 2, 1],
@@ -61,12 +62,29 @@ def test_columns_by_hand() -> None:
     assert [part.tolist() for part in found.steps_of(2)] == [[2], [0.5]]
 
 
+def test_the_rollouts_of_a_data_set_are_found() -> None:
+    assert table().is_from("b").tolist() == [False, False, True, True]
+
+
+def test_a_table_has_about_sixty_bytes_per_rollout() -> None:
+    completion = ROLLOUTS[0].completion
+    prompts = [Prompt(i, "", (1, 2), "", "a long name of a data set") for i in range(64)]
+    own = {i: Rollout(prompts[i // 16], completion, Reward(0.5, {"exact": 0.5}), 0) for i in range(1024)}
+    found = gather_table(
+        prompts, 16, own, share=0, component_names=("exact",), sum_over_ranks=one_rank().collectives.sum
+    )
+    assert 50 < found.nbytes / 1024 - 8 < 65
+
+
 def test_the_first_term_that_applies_decides_about_full_marks() -> None:
     assert table().has_full_marks({"exact": 1.0, "format": 2.0}).tolist() == [True, False, False, False]
     assert table().has_full_marks({"exact": 2.0, "format": 2.0}).tolist() == [False] * 4
 
 
-def test_ranks_get_the_same_table_bit_for_bit() -> None:
+@pytest.mark.parametrize("block_rows", [1, 3, 4])
+def test_ranks_get_the_same_table_bit_for_bit(monkeypatch: pytest.MonkeyPatch, block_rows: int) -> None:
+    monkeypatch.setattr(rollout_table, "_BLOCK_ROWS", block_rows)
+
     def gather(transfer: Any) -> RolloutTable:
         rank = transfer.ranks.rank
         own = {row: ROLLOUTS[row] for row in ([1, 2], [], [3, 0])[rank]}
@@ -78,6 +96,7 @@ def test_ranks_get_the_same_table_bit_for_bit() -> None:
         assert found.share.tolist() == [2, 0, 0, 2]
         assert found.reward.tobytes() == table().reward.tobytes()
         assert found.step_values.tobytes() == table().step_values.tobytes()
+        assert found.policy_version.tolist() == [6, 6, 7, 7]
         assert found.component_names == ("exact", "format")
 
 
@@ -102,6 +121,7 @@ def test_a_reward_that_is_not_a_number_is_an_error() -> None:
 def test_groups_are_taken_and_appended_with_their_steps() -> None:
     found = table().append(table()).take_groups([1, 2, 1])
     assert found.prompt_index.tolist() == [31, 31, 30, 30, 31, 31]
+    assert found.data_sets.tolist() == ["b", "a", "b"]
     assert found.step_offsets.tolist() == [0, 1, 1, 1, 1, 2, 2]
     assert found.step_values.tolist() == [0.5, 0.5]
     assert found.components[2].tolist() == pytest.approx([1.0, np.nan], nan_ok=True)

@@ -55,6 +55,9 @@ def test_columns_by_hand() -> None:
     columns = (found.token_ids, found.sampler_log_probs, found.loss_mask, found.policy_versions)
     assert [column.dtype for column in columns] == [np.int32, np.float32, np.bool_, np.int32]
     assert found.nbytes == 12 * (4 + 4 + 1 + 4) + 8 * (3 + 4 + 3)
+    assert found.completion_tokens.tolist() == [1, 3, 2]
+    assert found.of_prompts(found.token_ids).tolist() == [11, 12, 21, 31, 32, 33]
+    assert found.of_completions(found.token_ids).tolist() == [13, 22, 23, 24, 34, 35]
     on_loss = found.on_loss_tokens(found.token_ids)
     assert on_loss.by_rollout() == {2: [13], 5: [22, 24], 9: [34, 35]}
 
@@ -72,6 +75,7 @@ def test_no_rollouts_give_empty_columns() -> None:
     found = RolloutTokens.empty()
     assert len(found) == len(found.token_ids) == len(found.loss_counts) == 0
     assert found.offsets.tolist() == [0]
+    assert found.of_completions(found.token_ids).dtype == np.int32
 
 
 def test_a_selection_has_the_rollouts_in_the_given_order() -> None:

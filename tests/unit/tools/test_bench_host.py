@@ -33,6 +33,10 @@ def test_the_command_reports_every_case(monkeypatch: pytest.MonkeyPatch, capsys:
     assert found["measured"] == max(c["cpu_seconds"] for c in found["cases"])
     assert found["ratio"] == pytest.approx(found["measured"] / 1.5)
     assert len(lines) == 3
+    for case in found["cases"]:
+        own, share = case["own_resident_over_share"], case["share_bytes"]
+        assert own * share == pytest.approx(case["resident_over_share"] * share - case["all_rollouts_bytes"])
+        assert 80 < case["all_rollouts_bytes"] / 128 < 110
 
 
 def test_a_number_of_rollouts_that_does_not_fit_is_an_error(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_mega.data.rollout_tokens import RolloutTokens
+from grpo_mega.trainer import mismatch
 from grpo_mega.trainer.mismatch import Differences, mismatch_metrics
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 from tests.helpers.token_values import token_values
@@ -26,10 +27,15 @@ def differences(rollouts: list[Rollout], old: list[list[float]]) -> Differences:
 
 
 def metrics(rollouts: list[Rollout], old: list[list[float]]) -> list[float]:
-    return list(mismatch_metrics(differences(rollouts, old).sums()[None]).values())
+    """Return the metrics but for the number of tokens, which is checked."""
+    found = mismatch_metrics(differences(rollouts, old).sums()[None])
+    assert found.pop("train/mismatch_tokens") == sum(map(len, old))
+    return list(found.values())
 
 
-def test_mismatch_by_hand() -> None:
+@pytest.mark.parametrize("block", [2**15, 2, 1])
+def test_mismatch_by_hand(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(mismatch, "_BLOCK", block)
     rollouts = [rollout([-1.0, -2.0]), rollout([-3.0])]
     assert metrics(rollouts, [[-1.0, -2.0], [-3.0]]) == [0.0] * 4
     largest, _, _, kl = metrics(rollouts, [[-1.0 + math.log(2), -2.0], [-3.0 - math.log(4)]])
@@ -67,6 +73,7 @@ def test_the_largest_difference_has_its_rollout_and_its_loss_token() -> None:
     )
     assert found.sizes[found.is_likely].tolist() == [0.25, 0.0, 0.75]
     assert found.place(int(np.argmax(np.where(found.is_likely, found.sizes, 0)))) == (1, 1)
+    assert [found.num_beyond(bound) for bound in (0.0, 0.25, 0.75)] == [2, 1, 0]
 
 
 def test_a_log_prob_that_is_not_a_number_is_an_infinite_difference() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_mega.observe.metric_table import require_known
+from grpo_mega.trainer import text_metrics as text_metrics_module
 from grpo_mega.trainer.text_metrics import repetition_sums, script_sums, text_metrics
 
 
@@ -26,8 +27,9 @@ def test_an_ngram_is_repeated_within_its_answer_only() -> None:
     assert repetition_sums(*ragged([[], [1, 2, 3, 4], []])).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_repetition_equals_a_plain_loop(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "chunk_tokens"), [(0, 2**18), (1, 100), (2, 1)])
+def test_repetition_equals_a_plain_loop(monkeypatch: pytest.MonkeyPatch, seed: int, chunk_tokens: int) -> None:
+    monkeypatch.setattr(text_metrics_module, "_CHUNK_TOKENS", chunk_tokens)
     chance = random.Random(seed)
     answers = [[chance.randrange(3) for _ in range(chance.randrange(60))] for _ in range(20)]
     repeated = total = 0

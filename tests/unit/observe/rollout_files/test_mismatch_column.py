@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_mega.observe.rollout_files.mismatch_column import rounded
+from grpo_mega.observe.rollout_files.mismatch_column import rounded_differences
 from grpo_mega.observe.rollout_files.reader import read_rows, read_step
 from tests.helpers.step_columns import write_step
 
@@ -17,7 +17,8 @@ SAMPLED = [-0.5, -0.25, -0.125]
 
 
 def as_floats(values: list[float]) -> list[float]:
-    found: list[float] = rounded(np.array(values, np.float32)).astype(float).tolist()
+    numbers = np.array(values, np.float32)
+    found: list[float] = rounded_differences(numbers, np.zeros_like(numbers)).astype(float).tolist()
     return found
 
 
