@@ -118,14 +118,14 @@ class ChaosRuns:
                     break
             problems += [f"start {starts} left {what}" for what in self._left_behind(shared_memory)]
             if code == 0:
+                is_repeatable = case.scenario.is_repeatable
+                problems += differences(folder, expected.folder) if is_repeatable else use_problems(folder)
                 break
             if code == 2 and case.victim != "server":  # a start whose server is gone finds it at no address
                 problems.append(f"start {starts} ended with exit code 2: {run.output[-400:]}")
                 break
         else:
             problems.append(f"the run was not complete after {_STARTS} starts: {run.output[-400:]}")
-        if not problems:
-            problems += differences(folder, expected.folder) if case.scenario.is_repeatable else use_problems(folder)
         return ChaosOutcome(case, starts, was_hit, time.monotonic() - begin, tuple(problems))
 
     def _disturb(self, run: _Run, case: ChaosCase, expected: Undisturbed) -> bool:
