@@ -20,6 +20,8 @@ from grpo_mega.types import Rollout, TokenValues
 
 NOT_SAMPLED = -1
 """Policy version of the tokens that no policy sampled: prompts and results of environments."""
+_LONG_RANGE = 64
+"""Entries above which a range is copied as a whole by `join_ranges`."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,11 @@ class RolloutTokens:
     @property
     def loss_counts(self) -> NDArray[np.int64]:
         """Loss tokens of each rollout, [N]."""
-        bounds = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
-        return np.array([np.count_nonzero(self.loss_mask[begin:end]) for begin, end in bounds], dtype=np.int64)
+        counts = np.zeros(len(self), np.int64)
+        is_filled = self.lengths > 0
+        if is_filled.any():  # reduceat has no empty segments
+            counts[is_filled] = np.add.reduceat(self.loss_mask, self.offsets[:-1][is_filled], dtype=np.int64)
+        return counts
 
     @property
     def loss_positions(self) -> NDArray[np.int32]:
@@ -201,8 +206,11 @@ def ragged_index(starts: NDArray[np.integer[Any]], counts: NDArray[np.integer[An
 def join_ranges(column: NDArray[Any], begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[Any]:
     """Return the entries `begins[0] : ends[0]`, then `begins[1] : ends[1]`, and so on.
 
-    Each range is copied as a whole. This takes no array of indices, which would have 8 bytes per entry.
+    Long ranges are copied as a whole, without an array of indices, which has 8 bytes per entry.
     """
+    counts = ends - begins
+    if counts.sum() < _LONG_RANGE * len(counts):
+        return np.asarray(column[ragged_index(begins, counts)])
     return np.concatenate([column[:0], *(column[a:b] for a, b in zip(begins.tolist(), ends.tolist(), strict=True))])
 
 

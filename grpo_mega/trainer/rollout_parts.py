@@ -104,16 +104,16 @@ def share_columns(
     rows, counts = tokens.ids, tokens.completion_tokens
     mask, versions = tokens.of_completions(tokens.loss_mask), tokens.of_completions(tokens.policy_versions)
     prompts = [groups.prompts[group] for group in (rows // groups.group_size).tolist()]
-    has_results, has_old = tokens.loss_counts < counts, np.isin(rows, old_log_probs.ids)
+    loss_counts, has_old = tokens.loss_counts, np.isin(rows, old_log_probs.ids)
+    has_results = loss_counts < counts
     last_version = table.policy_version[rows]
     has_versions = _has_others(versions, mask, counts, last_version)
-    if not np.array_equal(old_log_probs.counts, tokens.loss_counts[has_old]):
+    if not np.array_equal(old_log_probs.counts, loss_counts[has_old]):
         raise ValueError("old_log_probs must have one entry per token that the policy sampled")
     old, is_sampled = old_log_probs.values.astype(np.float32, copy=False), _present_entries(mask, counts, has_old)
     if not is_sampled.all():
         old = np.zeros(len(is_sampled), np.float32)
         old[is_sampled] = old_log_probs.values
-    names = table.component_names
     return RolloutColumns(
         step=step,
         group=(rows // groups.group_size).astype(np.int32),
@@ -129,10 +129,7 @@ def share_columns(
         completion=groups.texts,
         answer=[prompt.answer for prompt in prompts],
         stop_reason=[STOP_REASONS[reason] for reason in table.stop_reason[rows].tolist()],
-        reward_components=[
-            {name: value for name, value in zip(names, values, strict=True) if not math.isnan(value)}
-            for values in table.components[rows].tolist()
-        ],
+        reward_components=_components(table.component_names, table.components[rows]),
         reward_failures=groups.failures,
         prompt_ids=RaggedColumn(tokens.of_prompts(tokens.token_ids), offsets_of(tokens.prompt_tokens)),
         completion_ids=RaggedColumn(tokens.of_completions(tokens.token_ids), offsets_of(counts)),
@@ -144,6 +141,21 @@ def share_columns(
         expert_choices=_expert_choices(tokens, table.has_experts[rows]),
         expert_shape=None if tokens.expert_choices is None else tokens.expert_choices.shape[1:],
     )
+
+
+def _components(names: Sequence[str], values: npt.NDArray[np.float64]) -> list[dict[str, float]]:
+    """Return for each rollout {name: value} of the reward terms that have a value; `values` is [R, K] with NaN.
+
+    Rollouts with equal values have the same dictionary: most rewards have few values.
+    """
+    if not names:
+        return [{}] * len(values)
+    distinct, place = np.unique(values, axis=0, return_inverse=True)
+    found = [
+        {name: value for name, value in zip(names, row, strict=True) if not math.isnan(value)}
+        for row in distinct.tolist()
+    ]
+    return [found[i] for i in place.tolist()]
 
 
 def _present_entries(
@@ -163,6 +175,9 @@ def _has_others(
     last: npt.NDArray[np.int32],
 ) -> npt.NDArray[np.bool_]:
     """Return True for each row in which the policy sampled a token with another version than `last`."""
+    newest = last.max(initial=0)
+    if (last == newest).all() and not ((versions != newest) & mask).any():  # nearly always, and without a loop
+        return np.zeros(len(counts), np.bool_)
     ends = offsets_of(counts).tolist()
     rows = zip(ends[:-1], ends[1:], last.tolist(), strict=True)
     return np.array([((versions[a:b] != version) & mask[a:b]).any() for a, b, version in rows], np.bool_)
