@@ -56,7 +56,7 @@ from grpo_mega.trainer.batch import TrainBatch, build_batch
 from grpo_mega.trainer.mismatch import Comparison, Differences
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
-from grpo_mega.trainer.rollout_parts import share_columns
+from grpo_mega.trainer.rollout_parts import shard_columns
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.trainer.token_metrics import token_metrics
@@ -112,7 +112,7 @@ def prepare(num_ranks: int, rank: int, per_rank: int, mean_tokens: int) -> RankI
     share = np.repeat(np.arange(size // GROUP) % num_ranks, GROUP)
     table = np.zeros((size, len(SCALARS) + 1))
     values: dict[str, NDArray[Any] | int] = {
-        **{"count": 1, "num_turns": 1, "num_steps": -1, "replica": share, "share": share},
+        **{"count": 1, "num_turns": 1, "num_steps": -1, "replica": share, "prompt_shard": share},
         **{"completion_tokens": lengths, "loss_tokens": lengths, "reward": rewards},
     }
     for name, column in values.items():
@@ -162,9 +162,9 @@ def _arrivals(
 
 def sample(case: RankInputs) -> SampledGroups:
     """Build the columns and the table."""
-    share = case.collectives.ranks.at.share
+    share = case.collectives.ranks.at.prompt_shard
     return SampledGroups.gather(
-        case.prompts, GROUP, case.own, share=share, component_names=["r"], sum_over_ranks=case.collectives.sum
+        case.prompts, GROUP, case.own, prompt_shard=share, component_names=["r"], sum_over_ranks=case.collectives.sum
     )
 
 
@@ -256,7 +256,7 @@ def measure_step() -> dict[str, Any]:
     done("mismatch")
     of_tokens = token_metrics(differences, groups, batch, transfer)
     done("metrics of tokens and texts")
-    columns = share_columns(1, groups, np.zeros(len(groups.table)), old)
+    columns = shard_columns(1, groups, np.zeros(len(groups.table)), old)
     done("columns of the file")
     updates = [UpdateStats(1.0, 1e-6, {"loss": 0.0, "entropy": 0.0}, {})]
     sync = SyncReport(seconds=1.0, verify_seconds=0.0, written_bytes=0, received_bytes=0, policy_digest="")

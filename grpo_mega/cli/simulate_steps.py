@@ -79,7 +79,7 @@ def job_of(plan: ResourcePlan, lengths: AnswerLengths) -> SimulatedJob:
         inputs.config.data.prompts_per_step,
         inputs.config.sampling.group_size,
         inputs.config.train.updates_per_step,
-        topology.num_shares,
+        topology.num_prompt_shards,
         EngineCost.planned(inputs, plan.memory.engine, mean_tokens),
         PolicyCost.planned(inputs, plan.time),
         topology.world_size,

@@ -44,7 +44,7 @@ class RolloutTable:
         num_turns: answers of the policy.
         policy_version: number of updates behind the weights that sampled the last answer.
         replica: engine replica that sampled it.
-        share: prompt shard that sampled it; the first rank of the shard has its tokens and text.
+        prompt_shard: prompt shard that sampled it; the first rank of the shard has its tokens and text.
         has_experts: True if the rollout has a routing record.
         has_steps: True if a process reward scored steps, also if it found none.
         step_offsets: [R + 1] rows of `step_ends` and `step_values`.
@@ -66,7 +66,7 @@ class RolloutTable:
     num_turns: NDArray[np.int32]
     policy_version: NDArray[np.int32]
     replica: NDArray[np.int32]
-    share: NDArray[np.int32]
+    prompt_shard: NDArray[np.int32]
     has_experts: NDArray[np.bool_]
     has_steps: NDArray[np.bool_]
     step_offsets: NDArray[np.int64]
@@ -165,7 +165,7 @@ SCALARS: Mapping[str, type[np.generic]] = {
     "num_turns": np.int32,
     "policy_version": np.int32,
     "replica": np.int32,
-    "share": np.int32,
+    "prompt_shard": np.int32,
     "has_experts": np.bool_,
     "num_steps": np.int32,
 }
@@ -181,7 +181,7 @@ def gather_table(
     group_size: int,
     own: Mapping[int, Rollout],
     *,
-    share: int,
+    prompt_shard: int,
     component_names: Sequence[str],
     sum_over_ranks: SumOverRanks,
 ) -> RolloutTable:
@@ -195,7 +195,7 @@ def gather_table(
         prompts: of the step, the same on every rank.
         group_size: rollouts per prompt.
         own: rollouts by row, on the first rank of the prompt shard that sampled them; empty on other ranks.
-        share: prompt shard of this rank.
+        prompt_shard: prompt shard of this rank.
         component_names: reward terms of the run.
         sum_over_ranks: adds the matrices.
 
@@ -213,7 +213,7 @@ def gather_table(
         mine = slice(*np.searchsorted(rows, (part.start, part.stop)).tolist())
         block = np.zeros((part.stop - begin, len(SCALARS) + len(names)))
         for row, rollout in zip(rows[mine].tolist(), rollouts[mine], strict=True):
-            block[row - begin] = _scalars(rollout, share) + _components(rollout, names)
+            block[row - begin] = _scalars(rollout, prompt_shard) + _components(rollout, names)
         block = sum_over_ranks(block)
         for place, column in enumerate(columns.values()):
             column[part] = block[:, place]
@@ -244,7 +244,7 @@ def gather_table(
     )
 
 
-def _scalars(rollout: Rollout, share: int) -> list[float]:
+def _scalars(rollout: Rollout, prompt_shard: int) -> list[float]:
     completion, value = rollout.completion, rollout.reward.value
     if value is not None and np.isnan(value):
         raise ValueError(f"the reward of a rollout of prompt {rollout.prompt.index} is {value}; it must be a number")
@@ -258,7 +258,7 @@ def _scalars(rollout: Rollout, share: int) -> list[float]:
         completion.num_turns,
         completion.policy_version,
         rollout.replica,
-        share,
+        prompt_shard,
         completion.expert_choices is not None,
         _NO_STEPS if rollout.steps is None else len(rollout.steps),
     ]

@@ -41,7 +41,7 @@ def gloo_groups(topology: Topology, *, on_cuda: bool, with_vllm: bool) -> list[i
         with_vllm: vLLM runs in the processes of the ranks.
     """
     copy = math.lcm(topology.tp, topology.etp * topology.ep) * topology.pp
-    replica, shard = topology.engine_ranks, topology.share_size
+    replica, shard = topology.engine_ranks, topology.prompt_shard_size
     own = [topology.world_size, copy, replica, replica, shard]  # the last two: several turns
     engine = [topology.world_size, topology.engine_tp, topology.engine_dp, replica, 1, 1, 1] if with_vllm else []
     return [*own, *engine] if on_cuda else [*own, *megatron_groups(topology), *engine, *engine]

@@ -31,8 +31,8 @@ class Coordinates:
     replica: int
     engine_tp_rank: int
     engine_dp_rank: int
-    share: int
-    """Index of the prompt shard that this rank samples, below `Topology.num_shares`."""
+    prompt_shard: int
+    """Index of the prompt shard that this rank samples, below `Topology.num_prompt_shards`."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,14 @@ class Topology:
         return self.world_size // self.engine_ranks
 
     @property
-    def share_size(self) -> int:
+    def prompt_shard_size(self) -> int:
         """Number of ranks that sample the same prompt shard."""
         return self.engine_ranks if self.engine_servers else self.engine_tp
 
     @property
-    def num_shares(self) -> int:
+    def num_prompt_shards(self) -> int:
         """Number of prompt shards."""
-        return self.world_size // self.share_size
+        return self.world_size // self.prompt_shard_size
 
     def coordinates(self, rank: int) -> Coordinates:
         """Return the coordinates of a rank.
@@ -140,18 +140,18 @@ class Topology:
             ep_rank=rank // self.etp % self.ep,
             edp_rank=rank // (self.etp * self.ep) % self.edp,
             replica=rank // self.engine_ranks,
-            engine_tp_rank=rank % self.share_size,
-            engine_dp_rank=rank % self.engine_ranks // self.share_size,
-            share=rank // self.share_size,
+            engine_tp_rank=rank % self.prompt_shard_size,
+            engine_dp_rank=rank % self.engine_ranks // self.prompt_shard_size,
+            prompt_shard=rank // self.prompt_shard_size,
         )
 
     def replica_ranks(self, replica: int) -> list[int]:
         """Return the ranks of one replica, tensor-parallel ranks adjacent; with servers, the ranks that it serves."""
         return list(range(replica * self.engine_ranks, (replica + 1) * self.engine_ranks))
 
-    def share_ranks(self, share: int) -> list[int]:
+    def prompt_shard_ranks(self, index: int) -> list[int]:
         """Return the ranks that sample one prompt shard, in tensor-parallel order."""
-        return list(range(share * self.share_size, (share + 1) * self.share_size))
+        return list(range(index * self.prompt_shard_size, (index + 1) * self.prompt_shard_size))
 
     def loss_rank(self, dp_rank: int) -> int:
         """Return the first rank of the last pipeline stage of a data-parallel replica: it has the log-probs."""

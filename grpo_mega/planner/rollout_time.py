@@ -47,14 +47,14 @@ def rollout_seconds(inputs: PlanInputs, engine: EngineMemory, forward_flops: flo
         active: weights that a token is multiplied with.
     """
     config, topology, assumed, work = inputs.config, inputs.topology, inputs.assumptions, inputs.workload
-    rollouts = math.ceil(work.rollouts / topology.num_shares)
+    rollouts = math.ceil(work.rollouts / topology.num_prompt_shards)
     at_once = rollouts_at_once(inputs, engine)
     longest, mean = config.sampling.max_tokens, assumed.mean_length
     replaced_steps = (rollouts / at_once - 1) * mean * longest
     full = decode_step(inputs, engine, at_once, active).seconds
     last = decode_step(inputs, engine, max(1.0, mean * at_once), active).seconds
     prompt_tokens = config.data.prompts_per_step * config.data.max_prompt_tokens * mean
-    prefill = prompt_tokens / topology.num_shares * prefill_token_seconds(inputs, forward_flops)
+    prefill = prompt_tokens / topology.num_prompt_shards * prefill_token_seconds(inputs, forward_flops)
     return replaced_steps * full + longest * last + prefill
 
 
@@ -71,7 +71,7 @@ def prefill_token_seconds(inputs: PlanInputs, forward_flops: float) -> float:
 
 def rollouts_at_once(inputs: PlanInputs, engine: EngineMemory) -> float:
     """Return the number of rollouts of a step that one prompt shard of an engine runs at the same time."""
-    rollouts = math.ceil(inputs.workload.rollouts / inputs.topology.num_shares)
+    rollouts = math.ceil(inputs.workload.rollouts / inputs.topology.num_prompt_shards)
     return max(1.0, min(rollouts, running_limit(inputs, engine, inputs.workload.mean)))
 
 

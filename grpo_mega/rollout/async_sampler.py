@@ -74,13 +74,13 @@ class AsyncSampler:
     @property
     def shards(self) -> list[PromptShard]:
         """All prompt shards."""
-        count = self.collectives.ranks.topology.num_shares
+        count = self.collectives.ranks.topology.num_prompt_shards
         return [PromptShard(i, count, self.config.data.prompts_per_step) for i in range(count)]
 
     @property
     def shard(self) -> PromptShard:
         """Prompt shard of this rank."""
-        return self.shards[self.collectives.ranks.at.share]
+        return self.shards[self.collectives.ranks.at.prompt_shard]
 
     def begin(self, step: int, carried: object, request: SamplingRequest, seed_of: Sequence[object]) -> AsyncStep:
         """Begin a step. The first call of a run starts the sampling threads.
@@ -99,7 +99,7 @@ class AsyncSampler:
                 assert isinstance(carried, CarriedRollouts), f"carried rollouts of type {type(carried).__name__}"
                 self.background = self.make_background(drop_unfit(carried, request))
             self.background.buffer.begin_step(self.policy_version())
-            self.background.start(SliceRequest(request, (*seed_of, self.shard.share)))
+            self.background.start(SliceRequest(request, (*seed_of, self.shard.index)))
         return AsyncStep(self, step, request)
 
     @contextmanager

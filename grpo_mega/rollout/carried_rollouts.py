@@ -9,8 +9,8 @@ Asserted by tests/unit/rollout/test_carried_rollouts.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -66,21 +66,30 @@ class OpenGroup:
 
 @dataclass(frozen=True)
 class PromptShard:
-    """Shard `share` of `num_shares`, with `prompts_per_step` prompts of all shards together."""
+    """Prompt shard `index` of `num_shards`, with `prompts_per_step` prompts of all shards together."""
 
-    share: int
-    num_shares: int
+    index: int
+    num_shards: int
     prompts_per_step: int
 
     @property
     def quota(self) -> int:
         """Groups that the shard gives to a step."""
-        return len(range(self.share, self.prompts_per_step, self.num_shares))
+        return len(range(self.index, self.prompts_per_step, self.num_shards))
 
     def number(self, taken: int) -> int:
         """Return the number of the prompt that follows the first `taken` prompts of the shard."""
         step, place = divmod(taken, self.quota)
-        return step * self.prompts_per_step + self.share + place * self.num_shares
+        return step * self.prompts_per_step + self.index + place * self.num_shards
+
+    def to_json(self) -> dict[str, int]:
+        """Return the values for a file of carried rollouts, whose keys stay the same."""
+        return {"share": self.index, "num_shares": self.num_shards, "prompts_per_step": self.prompts_per_step}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, int]) -> PromptShard:
+        """Return the shard that `to_json` wrote."""
+        return cls(values["share"], values["num_shares"], values["prompts_per_step"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +149,7 @@ class CarriedRollouts:
         records = [rollout.expert_choices for rollout in rollouts]
         header = {
             "format": FORMAT,
-            "shard": asdict(self.shard),
+            "shard": self.shard.to_json(),
             "taken": self.taken,
             "waiting": self.waiting,
             "groups": [[group.number, group.is_second, len(group.rollouts)] for group in self.groups],
@@ -190,7 +199,7 @@ class CarriedRollouts:
             OpenGroup(number, tuple(islice(rollouts, size)), is_second) for number, is_second, size in header["groups"]
         ]
         waiting = tuple((number, is_second) for number, is_second in header["waiting"])
-        return cls(PromptShard(**header["shard"]), header["taken"], tuple(groups), waiting)
+        return cls(PromptShard.from_json(header["shard"]), header["taken"], tuple(groups), waiting)
 
 
 def redistribute(parts: Sequence[CarriedRollouts], shard: PromptShard) -> CarriedRollouts:
@@ -211,9 +220,8 @@ def redistribute(parts: Sequence[CarriedRollouts], shard: PromptShard) -> Carrie
     waiting += [
         (part.shard.number(place), False) for part in parts for place in range(part.taken, next_step * part.shard.quota)
     ]
-    share, num_shares = shard.share, shard.num_shares
-    own_waiting = tuple(sorted(waiting)[share::num_shares])
-    return CarriedRollouts(shard, next_step * shard.quota, tuple(groups[share::num_shares]), own_waiting)
+    own = slice(shard.index, None, shard.num_shards)
+    return CarriedRollouts(shard, next_step * shard.quota, tuple(groups[own]), tuple(sorted(waiting)[own]))
 
 
 def _rollouts(

@@ -63,7 +63,7 @@ class MultiTurnGenerator:
         codec: tokenizes replies.
         stop: texts that end an answer.
         max_turns: largest number of answers of a rollout.
-        share: broadcasts within the prompt shard.
+        broadcast: broadcasts within the prompt shard.
         any_unfinished: returns True if its argument is True on any rank of the replica.
     """
 
@@ -72,7 +72,7 @@ class MultiTurnGenerator:
     codec: Codec
     stop: tuple[str, ...]
     max_turns: int
-    share: Broadcast
+    broadcast: Broadcast
     any_unfinished: Callable[[bool], bool] = bool
 
     def generate(
@@ -102,7 +102,7 @@ class MultiTurnGenerator:
                 outcome = self.environments.collect()
             except Exception as error:  # raised below on every rank
                 outcome = error
-        received = self.share(outcome)
+        received = self.broadcast(outcome)
         if isinstance(received, Exception):
             raise received
         replies: dict[int, Reply] = received

@@ -84,7 +84,7 @@ class PartialSampler:
     @property
     def shards(self) -> list[PromptShard]:
         """All prompt shards."""
-        count = self.collectives.ranks.topology.num_shares
+        count = self.collectives.ranks.topology.num_prompt_shards
         return [PromptShard(i, count, self.config.data.prompts_per_step) for i in range(count)]
 
     def begin(self, step: int, carried: object, request: SamplingRequest, seed_of: Sequence[object]) -> PartialStep:
@@ -97,7 +97,7 @@ class PartialSampler:
             seed_of: values from which, with prompt shard and slice, the seeds are derived.
         """
         if carried is None:
-            carried = CarriedRollouts.after_step(step - 1, self.shards[self.collectives.ranks.at.share])
+            carried = CarriedRollouts.after_step(step - 1, self.shards[self.collectives.ranks.at.prompt_shard])
         assert isinstance(carried, CarriedRollouts), f"carried rollouts of type {type(carried).__name__}"
         return PartialStep(self, carried, request, seed_of)
 
@@ -127,8 +127,8 @@ class PartialStep:
 
     def refill(self, groups: SampledGroups, places: Sequence[int]) -> SampledGroups | None:
         """Return groups that replace those at `places`: each shard gives as many as it gave there."""
-        shares = groups.table.share[np.asarray(places, dtype=np.int64) * groups.group_size]
-        return self._sample(np.bincount(shares, minlength=len(self._owner.shards))) if len(places) else None
+        shards = groups.table.prompt_shard[np.asarray(places, dtype=np.int64) * groups.group_size]
+        return self._sample(np.bincount(shards, minlength=len(self._owner.shards))) if len(places) else None
 
     def finish(self, groups: SampledGroups) -> SampledGroups:
         """Return the groups with what is carried into the next step."""
@@ -141,7 +141,7 @@ class PartialStep:
 
     def _sample(self, quotas: NDArray[np.int64]) -> SampledGroups:
         """Return one group per unit of the shards' quotas."""
-        owner, own = self._owner, int(quotas[self._owner.collectives.ranks.at.share])
+        owner, own = self._owner, int(quotas[self._owner.collectives.ranks.at.prompt_shard])
         wanted = math.ceil(owner.settings.oversubmit * own)
         self._carried = self._carried.fill(wanted, self._request.group_size, owner.prompt_of)
         must_end = partial(owner.staleness.must_end, policy_version=self._version)
@@ -175,7 +175,7 @@ class PartialStep:
 
     def _sample_slice(self, chosen: StepQuota) -> None:
         open_rollouts = [] if chosen.is_reached else chosen.open_rollouts()
-        seed = derived_seed(*self._seed_of, self._carried.shard.share, "slice", self._num_slices)
+        seed = derived_seed(*self._seed_of, self._carried.shard.index, "slice", self._num_slices)
         request = replace(self._request, seed=seed, continues=self._num_slices > 0)
         self._owner.slices.sample(open_rollouts, request)
         self._num_slices += 1

@@ -84,7 +84,7 @@ class SampledGroups:
         group_size: int,
         own: Mapping[int, Rollout],
         *,
-        share: int = 0,
+        prompt_shard: int = 0,
         component_names: Sequence[str] = (),
         sum_over_ranks: SumOverRanks = lambda array: array,
     ) -> SampledGroups:
@@ -93,7 +93,12 @@ class SampledGroups:
         The default of `sum_over_ranks` is for one rank.
         """
         table = gather_table(
-            prompts, group_size, own, share=share, component_names=component_names, sum_over_ranks=sum_over_ranks
+            prompts,
+            group_size,
+            own,
+            prompt_shard=prompt_shard,
+            component_names=component_names,
+            sum_over_ranks=sum_over_ranks,
         )
         rollouts = sorted(own.items())
         return cls(

@@ -128,7 +128,7 @@ class Sampler:
                 prompts,
                 request.group_size,
                 self.scoring.collect(mine),
-                share=self._ranks.at.share,
+                prompt_shard=self._ranks.at.prompt_shard,
                 component_names=self.component_names,
                 sum_over_ranks=self.collectives.sum,
             )
@@ -141,7 +141,9 @@ class Sampler:
         mine: dict[int, tuple[Prompt, Completion]] = {}
         wave_size = self._prompts_per_wave or max(1, len(prompts))
         for wave, start in enumerate(range(0, len(prompts), wave_size)):
-            positions = range(start, min(start + wave_size, len(prompts)))[at.share :: self._ranks.topology.num_shares]
+            positions = range(start, min(start + wave_size, len(prompts)))[
+                at.prompt_shard :: self._ranks.topology.num_prompt_shards
+            ]
             chosen = [prompts[p] for p in positions]
 
             def submit(
@@ -155,7 +157,7 @@ class Sampler:
                 mine[key] = (chosen[local], completion)
                 self.scoring.submit(key, chosen[local], completion)
 
-            seed = derived_seed(*seed_of, wave, at.share)
+            seed = derived_seed(*seed_of, wave, at.prompt_shard)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
         return mine
 

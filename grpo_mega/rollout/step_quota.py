@@ -76,9 +76,9 @@ def positions_of_shards(quotas: NDArray[np.int64]) -> list[list[int]]:
     Args:
         quotas: [S] groups of each shard.
     """
-    turns = [(turn, share) for share, quota in enumerate(quotas.tolist()) for turn in range(quota)]
+    turns = [(turn, shard) for shard, quota in enumerate(quotas.tolist()) for turn in range(quota)]
     places = {each: position for position, each in enumerate(sorted(turns))}
-    return [[places[turn, share] for turn in range(quota)] for share, quota in enumerate(quotas.tolist())]
+    return [[places[turn, shard] for turn in range(quota)] for shard, quota in enumerate(quotas.tolist())]
 
 
 def gather_step(
@@ -104,7 +104,7 @@ def gather_step(
         component_names: names of all reward terms, in the order of the config.
     """
     at = collectives.ranks.at
-    positions, numbers = positions_of_shards(quotas)[at.share], np.zeros(int(quotas.sum()))
+    positions, numbers = positions_of_shards(quotas)[at.prompt_shard], np.zeros(int(quotas.sum()))
     own: dict[int, Rollout] = {}
     if at.engine_tp_rank == 0:
         numbers[positions] = used
@@ -119,7 +119,7 @@ def gather_step(
         [prompt_of(int(number)) for number in numbers.tolist()],
         group_size,
         own,
-        share=at.share,
+        prompt_shard=at.prompt_shard,
         component_names=component_names,
         sum_over_ranks=collectives.sum,
     )

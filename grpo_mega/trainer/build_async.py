@@ -90,7 +90,7 @@ def make_async_sampler(
             StalenessLimit(config.train.max_staleness, config.train.updates_per_step),
             max_discarded=quota * (config.algorithm.refill_rounds or 0),
         )
-        alone = None if dialogue is None else replace(dialogue, share=broadcast_within(None, ranks.rank))
+        alone = None if dialogue is None else replace(dialogue, broadcast=broadcast_within(None, ranks.rank))
         slices = SliceSampler(generator, config.background_slice_tokens, config.engine.max_num_seqs, text_of, alone)
         background = BackgroundSampler(
             RolloutBuffer(carried, limits, prompt_of, is_degenerate),

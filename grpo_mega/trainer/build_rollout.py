@@ -180,14 +180,14 @@ def carried_parts(config: Config, prompts: PromptDataset, ranks: Ranks) -> Carri
     """
     if not config.carries_rollouts:
         return None
-    per_step, share = config.data.prompts_per_step, ranks.at.share
-    shard = PromptShard(share, ranks.topology.num_shares, per_step)
+    per_step = config.data.prompts_per_step
+    shard = PromptShard(ranks.at.prompt_shard, ranks.topology.num_prompt_shards, per_step)
     prompt_of = numbered_prompts(prompts, per_step, config.run.seed)
 
     def read(paths: Sequence[Path]) -> CarriedRollouts:
-        if len(paths) == shard.num_shares:
-            return CarriedRollouts.from_bytes(paths[share].read_bytes(), prompt_of)
-        log.warning("carried rollouts of %d prompt shards are dealt out to %d", len(paths), shard.num_shares)
+        if len(paths) == shard.num_shards:
+            return CarriedRollouts.from_bytes(paths[shard.index].read_bytes(), prompt_of)
+        log.warning("carried rollouts of %d prompt shards are dealt out to %d", len(paths), shard.num_shards)
         return redistribute([CarriedRollouts.from_bytes(path.read_bytes(), prompt_of) for path in paths], shard)
 
     return CarriedParts(ranks.rank, ranks.at.engine_tp_rank == 0, read)
@@ -211,9 +211,9 @@ def make_dialogue(
     if environment is None:
         return None
     shard_group = None
-    if topology.share_size > 1:
-        groups = [dist.new_group(topology.share_ranks(i)) for i in range(topology.num_shares)]
-        shard_group = groups[ranks.at.share]
+    if topology.prompt_shard_size > 1:
+        groups = [dist.new_group(topology.prompt_shard_ranks(i)) for i in range(topology.num_prompt_shards)]
+        shard_group = groups[ranks.at.prompt_shard]
     stop = environment.stop if environment.stop is not None else build_environment(environment).stop
     return MultiTurnGenerator(
         engine,
@@ -221,7 +221,7 @@ def make_dialogue(
         ResultText(load_tokenizer(model_folder), environment.before, environment.after),
         stop=stop,
         max_turns=environment.max_turns,
-        share=broadcast_within(shard_group, topology.share_ranks(ranks.at.share)[0]),
+        broadcast=broadcast_within(shard_group, topology.prompt_shard_ranks(ranks.at.prompt_shard)[0]),
         any_unfinished=_any_rank_of_replica(ranks),
     )
 
@@ -229,7 +229,7 @@ def make_dialogue(
 def _any_rank_of_replica(ranks: Ranks) -> Callable[[bool], bool]:
     """Return a function that is True if its argument is True on any rank of the replica. Collective."""
     topology = ranks.topology
-    if topology.engine_ranks == topology.share_size:
+    if topology.engine_ranks == topology.prompt_shard_size:
         return any_rank_within(None)
     groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
     return any_rank_within(groups[ranks.at.replica])

@@ -101,7 +101,7 @@ class EngineProbe:
         sampling = self.config.sampling
         length = min(MAX_TOKENS, sampling.max_tokens)
         request = SamplingRequest(1, sampling.temperature, length, seed=0)
-        prompts = groups.prompts[: max(NUM_PROMPTS, self.transfer.ranks.topology.num_shares)]
+        prompts = groups.prompts[: max(NUM_PROMPTS, self.transfer.ranks.topology.num_prompt_shards)]
         return self.sampler.sample(prompts, request, ("probe", self.config.run.seed, step))
 
     def compare(self, policy: Policy, sampled: SampledGroups) -> Comparison:

@@ -167,7 +167,7 @@ def _table(rows: pa.Table, size: int, tokens: RolloutTokens, names: tuple[str, .
         num_turns=_numbers(rows["num_turns"]).astype(np.int32),
         policy_version=_numbers(rows["policy_version"]).astype(np.int32),
         replica=_numbers(rows["replica"]).astype(np.int32),
-        share=np.zeros(len(rows), np.int32),
+        prompt_shard=np.zeros(len(rows), np.int32),
         has_experts=~np.asarray(rows["expert_choices"].is_null()),
         has_steps=has_steps,
         step_offsets=offsets_of(step_counts),

@@ -44,7 +44,7 @@ class RolloutParts:
         self._mode, self._seed = config.observe.rollouts, config.run.seed
         self._groups_shown = config.observe.groups_shown if "tensorboard" in config.observe.trackers else 0
         self._folder, self._writer = folder, writer
-        self._part, self._num_parts = ranks.at.share, ranks.topology.num_shares
+        self._part, self._num_parts = ranks.at.prompt_shard, ranks.topology.num_prompt_shards
 
     def write(self, result: StepResult) -> RolloutColumns:
         """Queue the part of the step, and that of its quarantine; return the columns of what this shard sampled.
@@ -53,7 +53,7 @@ class RolloutParts:
             RolloutFileError: a part of an earlier step could not be written.
             ValueError: the log-probs of a rollout do not have one entry per token.
         """
-        columns = share_columns(result.step, result.groups, result.mean_advantages, result.old_log_probs)
+        columns = shard_columns(result.step, result.groups, result.mean_advantages, result.old_log_probs)
         part, num_parts = self._part, self._num_parts
         if result.guard.quarantined is not None:
             quarantine = self._folder.quarantine_of(result.step)
@@ -86,7 +86,7 @@ def writes_rollouts(ranks: Ranks) -> bool:
     return ranks.at.engine_tp_rank == 0
 
 
-def share_columns(
+def shard_columns(
     step: int, groups: SampledGroups, mean_advantages: npt.NDArray[np.float64], old_log_probs: TokenValues
 ) -> RolloutColumns:
     """Return the columns of the rollouts of a step that this rank sampled, in the order of group and member.

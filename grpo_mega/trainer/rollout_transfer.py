@@ -115,7 +115,7 @@ class RolloutTransfer:
 
     def _samplers(self, table: RolloutTable) -> NDArray[np.int32]:
         """Return the rank that has the tokens of each rollout, [R]."""
-        return table.share * self.ranks.topology.share_size
+        return table.prompt_shard * self.ranks.topology.prompt_shard_size
 
     def _with_record_shape(self, tokens: RolloutTokens, table: RolloutTable) -> RolloutTokens:
         """Return the tokens with a column of routing records on all ranks, if any rollout of the step has a record."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_mega.observe.rollout_files.columns import RolloutColumns
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.trainer.rollout_parts import share_columns
+from grpo_mega.trainer.rollout_parts import shard_columns
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 from tests.helpers.token_values import token_values
 
@@ -35,4 +35,4 @@ def columns_of_rollouts(
     groups = SampledGroups.of(rollouts, group_size)
     known = {i: list(old) for i, old in enumerate(old_log_probs or ()) if old is not None}
     olds = replace(token_values(list(known.values())), ids=np.array(list(known), dtype=np.int64))
-    return share_columns(4, groups, np.array(advantages), olds)
+    return shard_columns(4, groups, np.array(advantages), olds)

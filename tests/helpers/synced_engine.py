@@ -110,15 +110,15 @@ def perturb(session: RankSession, seed: int) -> None:
 
 def sample(
     session: RankSession,
-    shares: Sequence[Sequence[Prompt]],
+    shards: Sequence[Sequence[Prompt]],
     sampling: SamplingRequest,
     limits: Sequence[tuple[int, ...]],
 ) -> list[Rollout]:
     """Sample this rank's prompt shard with the seed of the shard; `limits` are the token limits of its prompts."""
-    share = session.kept["policy"].ranks.at.share
-    request = replace(sampling, seed=sampling.seed + share, max_tokens_each=limits[share])
-    groups: list[list[Completion]] = session.engine.generate(shares[share], request)
-    rollouts = [Rollout(p, c, Reward(0.0), share) for p, g in zip(shares[share], groups, strict=True) for c in g]
+    shard = session.kept["policy"].ranks.at.prompt_shard
+    request = replace(sampling, seed=sampling.seed + shard, max_tokens_each=limits[shard])
+    groups: list[list[Completion]] = session.engine.generate(shards[shard], request)
+    rollouts = [Rollout(p, c, Reward(0.0), shard) for p, g in zip(shards[shard], groups, strict=True) for c in g]
     session.kept["rollouts"] = rollouts
     return rollouts
 

@@ -54,21 +54,21 @@ def transfer_there_and_back(rank: int, topology: Topology, with_experts: bool) -
     transfer = RolloutTransfer(ArrayCollectives(ranks))
     rollouts = make_rollouts(with_experts=with_experts)
     prompts = [rollout.prompt for rollout in rollouts[::GROUP]]
-    share_of = [group % topology.num_shares for group in range(PROMPTS) for _ in range(GROUP)]
-    is_sampler = topology.share_ranks(ranks.at.share)[0] == rank
-    own = {i: r for i, r in enumerate(rollouts) if is_sampler and share_of[i] == ranks.at.share}
+    shard_of = [group % topology.num_prompt_shards for group in range(PROMPTS) for _ in range(GROUP)]
+    is_sampler = topology.prompt_shard_ranks(ranks.at.prompt_shard)[0] == rank
+    own = {i: r for i, r in enumerate(rollouts) if is_sampler and shard_of[i] == ranks.at.prompt_shard}
     groups = SampledGroups.gather(
         prompts,
         GROUP,
         own,
-        share=ranks.at.share,
+        prompt_shard=ranks.at.prompt_shard,
         component_names=("exact", "format"),
         sum_over_ranks=transfer.collectives.sum,
     )
     whole = SampledGroups.of(rollouts, GROUP)
     for name in ("reward", "completion_tokens", "loss_tokens", "step_ends", "step_offsets", "has_steps", "has_experts"):
         np.testing.assert_array_equal(getattr(groups.table, name), getattr(whole.table, name))
-    assert groups.table.share.tolist() == share_of
+    assert groups.table.prompt_shard.tolist() == shard_of
     assert np.isnan(groups.table.components[:, 1]).all()
 
     trainer = np.array([(5 * i + 1) % topology.dp for i in range(len(rollouts))])

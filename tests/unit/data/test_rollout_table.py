@@ -28,7 +28,7 @@ ROLLOUTS = [
 def table(rollouts: list[Rollout] = ROLLOUTS) -> RolloutTable:
     names = ("exact", "format")
     return gather_table(
-        PROMPTS, 2, dict(enumerate(rollouts)), share=0, component_names=names, sum_over_ranks=lambda array: array
+        PROMPTS, 2, dict(enumerate(rollouts)), prompt_shard=0, component_names=names, sum_over_ranks=lambda array: array
     )
 
 
@@ -49,7 +49,7 @@ def test_columns_by_hand() -> None:
         "num_turns": [1, 1, 2, 1],
         "policy_version": [6, 6, 7, 7],
         "replica": [0, 1, 1, 0],
-        "share": [0] * 4,
+        "prompt_shard": [0] * 4,
         "has_experts": [False] * 4,
         "has_steps": [False, False, True, True],
         "step_offsets": [0, 0, 0, 1, 1],
@@ -71,7 +71,7 @@ def test_a_table_has_about_sixty_bytes_per_rollout() -> None:
     prompts = [Prompt(i, "", (1, 2), "", "a long name of a data set") for i in range(64)]
     own = {i: Rollout(prompts[i // 16], completion, Reward(0.5, {"exact": 0.5}), 0) for i in range(1024)}
     found = gather_table(
-        prompts, 16, own, share=0, component_names=("exact",), sum_over_ranks=one_rank().collectives.sum
+        prompts, 16, own, prompt_shard=0, component_names=("exact",), sum_over_ranks=one_rank().collectives.sum
     )
     assert 50 < found.nbytes / 1024 - 8 < 65
 
@@ -90,10 +90,10 @@ def test_ranks_get_the_same_table_bit_for_bit(monkeypatch: pytest.MonkeyPatch, b
         own = {row: ROLLOUTS[row] for row in ([1, 2], [], [3, 0])[rank]}
         names = ("exact", "format")
         collectives = transfer.collectives
-        return gather_table(PROMPTS, 2, own, share=rank, component_names=names, sum_over_ranks=collectives.sum)
+        return gather_table(PROMPTS, 2, own, prompt_shard=rank, component_names=names, sum_over_ranks=collectives.sum)
 
     for found in on_ranks(Topology(3), gather):
-        assert found.share.tolist() == [2, 0, 0, 2]
+        assert found.prompt_shard.tolist() == [2, 0, 0, 2]
         assert found.reward.tobytes() == table().reward.tobytes()
         assert found.step_values.tobytes() == table().step_values.tobytes()
         assert found.policy_version.tolist() == [6, 6, 7, 7]
@@ -105,11 +105,18 @@ def test_a_missing_and_a_doubled_rollout_are_errors() -> None:
         own = {row: ROLLOUTS[row] for row in rows}
         with pytest.raises(RuntimeError, match=message):
             gather_table(
-                PROMPTS, 2, own, share=0, component_names=("exact", "format"), sum_over_ranks=one_rank().collectives.sum
+                PROMPTS,
+                2,
+                own,
+                prompt_shard=0,
+                component_names=("exact", "format"),
+                sum_over_ranks=one_rank().collectives.sum,
             )
     twice = {row: ROLLOUTS[row] for row in range(4)}
     with pytest.raises(RuntimeError, match="4 of 4 rollouts, 8 rows"):
-        gather_table(PROMPTS, 2, twice, share=0, component_names=("exact", "format"), sum_over_ranks=lambda a: 2 * a)
+        gather_table(
+            PROMPTS, 2, twice, prompt_shard=0, component_names=("exact", "format"), sum_over_ranks=lambda a: 2 * a
+        )
 
 
 def test_a_reward_that_is_not_a_number_is_an_error() -> None:

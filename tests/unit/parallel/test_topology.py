@@ -15,8 +15,8 @@ from tests.helpers.error_messages import assert_names
 
 def test_grid_of_tp2_dp2_pp2_with_replicas_of_two_ranks_by_hand() -> None:
     grid = Topology(8, tp=2, pp=2, engine_tp=2, ep=2)
-    assert (grid.dp, grid.edp, grid.num_replicas, grid.num_shares) == (2, 2, 4, 4)
-    #             rank tp cp dp pp etp ep edp replica engine_tp engine_dp share
+    assert (grid.dp, grid.edp, grid.num_replicas, grid.num_prompt_shards) == (2, 2, 4, 4)
+    #             rank tp cp dp pp etp ep edp replica engine_tp engine_dp shard
     assert [grid.coordinates(rank) for rank in range(8)] == [
         Coordinates(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
         Coordinates(1, 1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0),
@@ -36,12 +36,12 @@ def test_grid_of_tp2_dp2_pp2_with_replicas_of_two_ranks_by_hand() -> None:
 
 def test_replicas_of_tp2_dp2_have_two_prompt_shards_each() -> None:
     grid = Topology(8, engine_tp=2, engine_dp=2)
-    assert (grid.engine_ranks, grid.num_replicas, grid.num_shares) == (4, 2, 4)
+    assert (grid.engine_ranks, grid.num_replicas, grid.num_prompt_shards) == (4, 2, 4)
     assert [grid.replica_ranks(replica) for replica in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert [grid.share_ranks(share) for share in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [grid.prompt_shard_ranks(index) for index in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     at = [grid.coordinates(rank) for rank in range(8)]
     assert [c.replica for c in at] == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert [c.share for c in at] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [c.prompt_shard for c in at] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [c.engine_dp_rank for c in at] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert [c.engine_tp_rank for c in at] == [0, 1] * 4
 
@@ -135,7 +135,10 @@ def test_ranks_are_divided_into_one_contiguous_block_per_server() -> None:
     assert (grid.num_replicas, grid.engine_ranks, grid.num_server_ranks) == (2, 4, 8)
     # all ranks of a server's block sample the same prompt shard
     one_each = Topology(8, tp=2, engine_tp=1, engine_servers=2)
-    assert (one_each.num_shares, [one_each.coordinates(rank).share for rank in (0, 3, 4)]) == (2, [0, 0, 1])
+    assert (one_each.num_prompt_shards, [one_each.coordinates(rank).prompt_shard for rank in (0, 3, 4)]) == (
+        2,
+        [0, 0, 1],
+    )
     assert [grid.replica_ranks(i) for i in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [(at.replica, at.engine_tp_rank) for at in map(grid.coordinates, range(8))] == [
         (rank // 4, rank % 4) for rank in range(8)

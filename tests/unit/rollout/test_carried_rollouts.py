@@ -22,7 +22,7 @@ def numbers(carried: CarriedRollouts) -> list[int]:
 
 
 def test_the_shards_take_every_number_once_in_the_order_of_the_steps() -> None:
-    shards = [PromptShard(share, 3, 5) for share in range(3)]
+    shards = [PromptShard(index, 3, 5) for index in range(3)]
     assert [shard.quota for shard in shards] == [2, 2, 1]
     taken = [[shard.number(i) for i in range(2 * shard.quota)] for shard in shards]
     assert taken == [[0, 3, 5, 8], [1, 4, 6, 9], [2, 7]]
@@ -92,11 +92,11 @@ def test_a_file_of_another_version_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("num_new", [1, 2, 3, 5])
 def test_another_number_of_shards_loses_no_prompt_and_doubles_none(num_new: int) -> None:
     """Shard 0 is one step further than shard 1; some of their groups are trained already."""
-    per_step, old = 5, [PromptShard(share, 2, 5) for share in range(2)]
+    per_step, old = 5, [PromptShard(index, 2, 5) for index in range(2)]
     parts = [CarriedRollouts(old[0], 8).fill(3, 2, prompt_of), CarriedRollouts(old[1], 3).fill(2, 2, prompt_of)]
     parts[1] = parts[1].drop(lambda group: group.number == parts[1].groups[0].number, is_second=True)
     trained = {old[0].number(i) for i in range(8)} | {old[1].number(i) for i in range(3)}
-    shards = [PromptShard(share, num_new, per_step) for share in range(num_new)]
+    shards = [PromptShard(index, num_new, per_step) for index in range(num_new)]
     new = [redistribute(parts, shard) for shard in shards]
     assert sorted(n for part in new for n in numbers(part)) == sorted(n for part in parts for n in numbers(part))
     filled = [part.fill(len(part.groups) + len(part.waiting) + 2 * part.shard.quota, 2, prompt_of) for part in new]

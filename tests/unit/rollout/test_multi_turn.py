@@ -83,11 +83,11 @@ def generate_rollouts(
     environment: ScriptedEnvironment,
     max_turns: int = 3,
     request: SamplingRequest = REQUEST,
-    share: Callable[[Any], Any] = lambda value: value,
+    broadcast: Callable[[Any], Any] = lambda value: value,
 ) -> tuple[list[list[Completion]], list[tuple[int, int]]]:
     received: list[tuple[int, int]] = []
     turns = MultiTurnGenerator(
-        cast("Engine", engine), environment, Letters(), stop=("!",), max_turns=max_turns, share=share
+        cast("Engine", engine), environment, Letters(), stop=("!",), max_turns=max_turns, broadcast=broadcast
     )
     found = turns.generate(PROMPTS, request, lambda position, member, _: received.append((position, member)))
     return found, received
@@ -149,7 +149,7 @@ def test_one_answer_without_a_reply_is_the_engines_own_completion() -> None:
     assert found == [[expected] * 2] * 2
 
 
-def test_answers_and_replies_share_the_limit_of_tokens() -> None:
+def test_answers_and_replies_broadcast_the_limit_of_tokens() -> None:
     # 12 tokens: "abcd!" and "rrr" leave 4
     found, _ = generate_rollouts(ScriptedEngine("abcd!", "efghi"), ScriptedEnvironment(lambda *_: Reply("rrr")))
     assert (found[0][0].text, found[0][0].stop_reason) == ("abcd!rrrefgh", "length")
@@ -187,7 +187,7 @@ def test_ranks_of_a_replica_make_the_same_calls_despite_a_slow_environment() -> 
     results: list[Any] = [None, None]
     barrier, box = threading.Barrier(2, timeout=20), [None]
 
-    def share(rank: int) -> Callable[[Any], Any]:
+    def broadcast(rank: int) -> Callable[[Any], Any]:
         def broadcast(value: Any) -> Any:
             if rank == 0:
                 box[0] = value
@@ -203,7 +203,7 @@ def test_ranks_of_a_replica_make_the_same_calls_despite_a_slow_environment() -> 
     def run(rank: int) -> None:
         environments = replies if rank == 0 else None
         turns = MultiTurnGenerator(
-            cast("Engine", engines[rank]), environments, Letters(), stop=("!",), max_turns=4, share=share(rank)
+            cast("Engine", engines[rank]), environments, Letters(), stop=("!",), max_turns=4, broadcast=broadcast(rank)
         )
         results[rank] = turns.generate(PROMPTS, REQUEST)
 
@@ -218,19 +218,19 @@ def test_ranks_of_a_replica_make_the_same_calls_despite_a_slow_environment() -> 
 
 
 def test_an_exception_on_the_first_rank_is_raised_on_all_ranks() -> None:
-    shared: list[Any] = []
+    broadcastd: list[Any] = []
 
     class Broken(ScriptedEnvironment):
         def collect(self) -> dict[int, Reply]:
             raise RuntimeError("no workers")
 
-    def share(value: Any) -> Any:
-        shared.append(value)
+    def broadcast(value: Any) -> Any:
+        broadcastd.append(value)
         return value
 
     with pytest.raises(RuntimeError, match="no workers"):
-        generate_rollouts(ScriptedEngine("a!"), Broken(lambda *_: Reply()), share=share)
-    assert isinstance(shared[0], RuntimeError)  # it was broadcast first
+        generate_rollouts(ScriptedEngine("a!"), Broken(lambda *_: Reply()), broadcast=broadcast)
+    assert isinstance(broadcastd[0], RuntimeError)  # it was broadcast first
 
 
 def test_a_rank_without_unfinished_rollouts_calls_its_engine_as_often_as_its_replica() -> None:
@@ -256,7 +256,7 @@ def test_a_rank_without_unfinished_rollouts_calls_its_engine_as_often_as_its_rep
             Letters(),
             stop=("!",),
             max_turns=5,
-            share=lambda value: value,
+            broadcast=lambda value: value,
             any_unfinished=any_unfinished(rank),
         )
         results[rank] = turns.generate(PROMPTS if rank != 1 else [], REQUEST)

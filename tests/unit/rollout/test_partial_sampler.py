@@ -203,10 +203,12 @@ def test_all_ranks_agree_on_the_step_and_no_shard_depends_on_another(topology: T
         tables = [groups[step].table for groups, _, _ in results]
         assert all(np.array_equal(t.prompt_index, tables[0].prompt_index) for t in tables)
         assert len(tables[0]) == PER_STEP * SIZE
-        quotas = np.bincount(tables[0].share[::SIZE], minlength=topology.num_shares).tolist()
-        assert quotas == [len(range(i, PER_STEP, topology.num_shares)) for i in range(topology.num_shares)]
+        quotas = np.bincount(tables[0].prompt_shard[::SIZE], minlength=topology.num_prompt_shards).tolist()
+        assert quotas == [
+            len(range(i, PER_STEP, topology.num_prompt_shards)) for i in range(topology.num_prompt_shards)
+        ]
     for rank, (groups, carried, calls) in enumerate(results):
-        first = rank // topology.share_size * topology.share_size
+        first = rank // topology.prompt_shard_size * topology.prompt_shard_size
         assert calls == results[first][2], "ranks of a shard make the same calls"
         assert carried is not None
         assert results[first][1] is not None
@@ -214,7 +216,7 @@ def test_all_ranks_agree_on_the_step_and_no_shard_depends_on_another(topology: T
         assert (len(groups[0].tokens) > 0) == (rank == first)
     if topology.engine_dp > 1:
         assert len({len(calls) for _, _, calls in results[:2]}) == 1, "the copies of a replica call it together"
-    numbers = [g.number for _, carried, _ in results[:: topology.share_size] if carried for g in carried.groups]
+    numbers = [g.number for _, carried, _ in results[:: topology.prompt_shard_size] if carried for g in carried.groups]
     assert len(numbers) == len(set(numbers))
 
 

@@ -102,7 +102,7 @@ def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
     for rank, result in enumerate(
         results
     ):  # a rollout is on the first rank of the shard that sampled it, and only there
-        first_ranks = result.table.share * topology.share_size
+        first_ranks = result.table.prompt_shard * topology.prompt_shard_size
         assert result.tokens.ids.tolist() == np.flatnonzero(first_ranks == rank).tolist()
         own = [rows[row] for row in result.tokens.ids]
         assert result.texts == [f"answer {m} to {10 + i}" for i, m in own]
@@ -113,7 +113,7 @@ def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
     assert submitted == [
         (3 * i + m, f"question {10 + i}", f"answer {m} to {10 + i}", str(i)) for i in range(7) for m in range(3)
     ]
-    for first in range(0, world, engine_tp):  # the ranks of a share make the same calls
+    for first in range(0, world, engine_tp):  # the ranks of a prompt shard make the same calls
         assert all(engine.calls == engines[first].calls for engine in engines[first : first + engine_tp])
 
 
@@ -154,7 +154,7 @@ def test_data_parallel_ranks_of_a_replica_have_their_own_prompts_and_seeds() -> 
     dealt = [[indices for indices, _ in engine.calls] for engine in engines]
     assert dealt == [[[10], [13], [16]], [[11], [14], []], [[12], [15], []], [[], [], []]]
     assert results[0].table.replica[::3].tolist() == [0, 0, 1, 0, 0, 1, 0]
-    assert results[0].table.share[::3].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert results[0].table.prompt_shard[::3].tolist() == [0, 1, 2, 0, 1, 2, 0]
     seeds = [[request.seed for _, request in engine.calls] for engine in engines]
     assert len({seed for of_rank in seeds for seed in of_rank}) == 12
     assert seeds[3][2] == derived_seed(*SEED_OF, 2, 3)

@@ -41,7 +41,7 @@ def sampler(
     dialogue = None
     if environment is not None:
         dialogue = MultiTurnGenerator(
-            cast("Engine", engine), environment, Characters(), stop=("!?",), max_turns=3, share=lambda value: value
+            cast("Engine", engine), environment, Characters(), stop=("!?",), max_turns=3, broadcast=lambda value: value
         )
     return SliceSampler(cast("Engine", engine), slice_tokens, max_running, Characters().decode, dialogue)
 

@@ -48,7 +48,7 @@ def test_ranks_add_their_tokens_and_name_the_worst_of_all() -> None:
         own = {rank * 2: rollout([-1.0, -1.0, -1.0]), rank * 2 + 1: rollout([-2.0])}
         prompts = [Prompt(20 + i, "", (0,), "") for i in range(2)]
         collectives = transfer.collectives
-        groups = SampledGroups.gather(prompts, 2, own, share=rank, sum_over_ranks=collectives.sum)
+        groups = SampledGroups.gather(prompts, 2, own, prompt_shard=rank, sum_over_ranks=collectives.sum)
         off = -2.0 - rank / 4
         old = replace(token_values([[off, off, -1.0], [-2.0]]), ids=np.array(sorted(own)))
         with pytest.raises(EngineMismatchError, match="4 of 6 tokens exceed") as raised:

@@ -14,7 +14,7 @@ from grpo_mega.observe.rollout_files.mismatch_column import as_stored
 from grpo_mega.observe.rollout_files.part_writer import write_part
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.recorded_groups import recorded_step
-from grpo_mega.trainer.rollout_parts import share_columns
+from grpo_mega.trainer.rollout_parts import shard_columns
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
 from tests.helpers.token_values import token_values
 
@@ -52,7 +52,7 @@ def written(folder: Path, name: str, advantages: np.ndarray) -> SampledGroups:
     rollouts = GROUPS[name]
     groups = SampledGroups.of(rollouts, 2)
     olds = [[-0.5 * (i + 1)] * rollout.completion.num_loss_tokens for i, rollout in enumerate(rollouts)]
-    write_part(folder, 0, 1, share_columns(4, groups, advantages, token_values(olds)))
+    write_part(folder, 0, 1, shard_columns(4, groups, advantages, token_values(olds)))
     return groups
 
 
