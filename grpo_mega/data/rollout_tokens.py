@@ -83,7 +83,12 @@ class RolloutTokens:
         """Position of each loss token in the completion of its rollout, [number of loss tokens]."""
         starts = (self.offsets[:-1] + self.prompt_tokens).tolist()
         bounds = zip(starts, self.offsets[1:].tolist(), strict=True)
-        return _concatenate([np.flatnonzero(self.loss_mask[a:b]).astype(np.int32) for a, b in bounds], np.int32)
+        found, filled = np.empty(np.count_nonzero(self.loss_mask), np.int32), 0
+        for begin, end in bounds:
+            positions = np.flatnonzero(self.loss_mask[begin:end])
+            found[filled : filled + len(positions)] = positions
+            filled += len(positions)
+        return found
 
     def on_loss_tokens(self, column: NDArray[Any]) -> TokenValues:
         """Return the entries of a column [T] at the loss tokens."""

@@ -48,8 +48,8 @@ def staleness_of(tokens: RolloutTokens, carry: StepCarry) -> NDArray[np.float64]
 
     The age is the number of updates between the weights that sampled the token and those of the step.
     """
-    ages = carry.policy_version - tokens.policy_versions[tokens.loss_mask].astype(np.float64)
-    return np.array([ages.sum(), ages.max(initial=0.0), (ages > 0).sum(), len(ages)])
+    ages = carry.policy_version - tokens.policy_versions[tokens.loss_mask]
+    return np.array([ages.sum(), ages.max(initial=0), np.count_nonzero(ages > 0), len(ages)], np.float64)
 
 
 def staleness_metrics(parts: NDArray[np.float64], carry: StepCarry) -> dict[str, float]:
