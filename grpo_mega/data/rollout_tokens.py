@@ -21,7 +21,7 @@ from grpo_mega.types import Rollout, TokenValues
 NOT_SAMPLED = -1
 """Policy version of the tokens that no policy sampled: prompts and results of environments."""
 _LONG_RANGE = 64
-"""Entries above which a range is copied as a whole by `join_ranges`."""
+"""Mean number of entries from which on ranges are handled one by one, without an array of 8 bytes per entry."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class RolloutTokens:
     @property
     def loss_counts(self) -> NDArray[np.int64]:
         """Loss tokens of each rollout, [N]."""
+        if len(self.loss_mask) >= _LONG_RANGE * len(self):  # reduceat converts the whole mask to int64
+            bounds = zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)
+            return np.array([np.count_nonzero(self.loss_mask[begin:end]) for begin, end in bounds], dtype=np.int64)
         counts = np.zeros(len(self), np.int64)
         is_filled = self.lengths > 0
         if is_filled.any():  # reduceat has no empty segments

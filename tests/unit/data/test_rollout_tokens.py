@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from grpo_mega.data import rollout_tokens
 from grpo_mega.data.rollout_tokens import (
     NOT_SAMPLED,
     RolloutTokens,
@@ -60,6 +61,17 @@ def test_columns_by_hand() -> None:
     assert found.of_completions(found.token_ids).tolist() == [13, 22, 23, 24, 34, 35]
     on_loss = found.on_loss_tokens(found.token_ids)
     assert on_loss.by_rollout() == {2: [13], 5: [22, 24], 9: [34, 35]}
+
+
+@pytest.mark.parametrize("long_range", [1, 64])
+def test_columns_of_short_and_of_long_rollouts_are_joined_alike(
+    monkeypatch: pytest.MonkeyPatch, long_range: int
+) -> None:
+    monkeypatch.setattr(rollout_tokens, "_LONG_RANGE", long_range)
+    found = RolloutTokens.of(THREE)
+    assert found.loss_counts.tolist() == [1, 2, 2]
+    assert found.of_completions(found.token_ids).tolist() == [13, 22, 23, 24, 34, 35]
+    assert found.select(np.array([2, 0])).token_ids.tolist() == [31, 32, 33, 34, 35, 11, 12, 13]
 
 
 def test_versions_of_tokens_that_several_weights_sampled() -> None:
