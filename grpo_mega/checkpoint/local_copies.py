@@ -3,9 +3,10 @@
 Each rank writes its files into the folder of its own machine. Writer, manifest and comparison with the live state are
 those of every checkpoint (manager.py). Local checkpoints survive if processes are killed, but not if a machine is lost.
 
-When a run continues, it uses the newest local checkpoint that is newer than those of the run folder and of which the
-machines together hold all files. Its files are copied into the run folder, and the run continues from there as from any
-checkpoint. If a local checkpoint cannot be used, the log has the reason.
+When a run continues, it uses the newest local checkpoint that is newer than the newest undamaged one of the run folder,
+and of which the machines together hold all files. Its files are copied into the run folder, and the run continues from
+there as from any checkpoint. If a local checkpoint cannot be used, the log has the reason. If it cannot be copied, the
+run ends with an error, and the local checkpoint is kept.
 
 The name of a run's local folder is a random number, which is stored in the run folder. A later run in the same run
 folder has another number, so it never finds the checkpoints of an earlier run.
@@ -20,7 +21,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ import torch.distributed as dist
 import xxhash
 
 from grpo_mega.checkpoint.manager import CheckpointManager
+from grpo_mega.checkpoint.verification import find_damage, move_to_damaged
 from grpo_mega.formats.checkpoint_manifest import (
+    MANIFEST,
     DamagedCheckpointError,
     Manifest,
     differences,
@@ -40,6 +43,7 @@ from grpo_mega.formats.checkpoint_manifest import (
 from grpo_mega.observe.atomic_files import write_atomically
 from grpo_mega.observe.run_folder import RunFolder, checkpoint_step
 from grpo_mega.parallel.ranks import Ranks, agreed, first_error
+from grpo_mega.types import CheckpointWriteError
 
 log = logging.getLogger(__name__)
 _LEADER = "leader_"
@@ -84,6 +88,14 @@ class _Machine:
 
     name: str = ""
     parts: dict[int, _LocalPart] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _CopyPlan:
+    """Manifest of a local checkpoint, and the name of the machine that copies each of its files."""
+
+    manifest: Manifest
+    holders: Mapping[str, str]
 
 
 def leads_machine() -> bool:
@@ -170,8 +182,8 @@ def read_number(run: RunFolder) -> str:
     return ""
 
 
-def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, leads: bool) -> None:
-    """Copy the newest complete local checkpoint into the run folder, if it is newer than those there. Collective.
+def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, leads: bool) -> bool:
+    """Copy the newest complete local checkpoint into the run folder, if none there is as new and undamaged. Collective.
 
     Args:
         local_dir: `checkpoint.local_dir`.
@@ -179,38 +191,71 @@ def copy_newest(local_dir: Path, run: RunFolder, model: str, ranks: Ranks, *, le
         model: result of `describe_model` for this run's model.
         ranks: coordinates of this rank.
         leads: True on the first rank of each machine.
+
+    Returns:
+        True if one was copied. It is then the newest checkpoint of the run folder, and was verified there.
+
+    Raises:
+        CheckpointWriteError: on every rank, if it cannot be copied (names both checkpoints). It is not changed.
     """
-    number, newest = agreed(lambda: (read_number(run), max(run.complete_checkpoints(), default=0)), ranks)
+    number, own = agreed(lambda: (read_number(run), run.all_checkpoints()), ranks)
     if not number:
-        return
-    folder = local_folder(local_dir, run, number)
-    mine = _Machine(f"{socket.gethostname()}:{folder}", _inspect(folder, newest, model)) if leads else _Machine()
+        return False
+    folder, newest = local_folder(local_dir, run, number), max(own, default=0)
+    mine = _Machine(f"{socket.gethostname()}:{folder}", _inspect(folder, model)) if leads else _Machine()
     machines = [each for each in _gather_machines(mine) if each.name]
-    if not any(each.parts for each in machines):
+    steps = sorted({step for each in machines for step in each.parts}, reverse=True)
+    if not steps or steps[0] <= newest:
         log.info("no machine holds a local checkpoint after step %d (checkpoint.local_dir=%s)", newest, local_dir)
-    for step in sorted({step for each in machines for step in each.parts}, reverse=True):
-        reason = _reason(step, machines)
-        if not reason:
-            reason = _copy(step, machines, mine.name, folder, run, ranks)
-        if not reason:
-            log.info("the local checkpoint of step %d was copied to %s", step, run.checkpoint_of(step))
-            return
-        source = f"the checkpoint of step {newest} in the run folder" if newest else "the base model"
-        log.warning(
-            "the local checkpoint of step %d is not used: %s. The run continues from an older local checkpoint, if "
-            "there is one, or from %s",
-            step,
-            reason,
-            source,
-        )
+    damages: dict[Path, str] = {}
+    for step in steps:
+        for newer in sorted((each for each in own if each >= step), reverse=True):
+            path = own.pop(newer)
+            if (damage := find_damage(path, model, ranks)) is None:
+                return False
+            damages[path] = damage
+        older = f"the checkpoint of step {max(own)} in the run folder" if own else "its start"
+        local, final = folder / f"step_{step:06d}", run.checkpoint_of(step)
+        plan = _plan_copy(step, machines, local, ranks)
+        if isinstance(plan, str):
+            log.warning(
+                "the local checkpoint of step %d is not used: %s. The run continues from an older local checkpoint, if "
+                "there is one, or from %s",
+                step,
+                plan,
+                older,
+            )
+            continue
+        failure = _copy(plan, mine.name, local, final, damages, ranks) or find_damage(final, model, ranks)
+        if failure:
+            raise CheckpointWriteError(
+                f"the local checkpoint of step {step} cannot be copied to {final}: {failure}; it is unchanged in "
+                f"{local} of each machine, and the run continues from it after this is repaired. Delete it to continue "
+                f"from {older} instead"
+            )
+        log.info("the local checkpoint of step %d was copied to %s", step, final)
+        return True
+    return False
 
 
-def _inspect(folder: Path, newest: int, model: str) -> dict[int, _LocalPart]:
-    """Return this machine's part of each local checkpoint after step `newest`."""
+def _plan_copy(step: int, machines: list[_Machine], local: Path, ranks: Ranks) -> _CopyPlan | str:
+    """Return which machine copies which file of a local checkpoint, or why it cannot be used. Collective."""
+    if reason := _reason(step, machines):
+        return reason
+    manifest = agreed(lambda: read_manifest(local), ranks)
+    if manifest is None:
+        return f"{local / MANIFEST} is missing"
+    holders = {name: next((m.name for m in machines if name in m.parts[step].whole), "") for name in manifest.files}
+    missing = next((name for name, holder in holders.items() if not holder), "")
+    return f"no machine has its file {missing}" if missing else _CopyPlan(manifest, holders)
+
+
+def _inspect(folder: Path, model: str) -> dict[int, _LocalPart]:
+    """Return this machine's part of each local checkpoint."""
     parts = {}
     for path in folder.glob("step_*"):
         step = checkpoint_step(path)
-        if step is None or step <= newest:
+        if step is None:
             continue
         try:
             manifest = read_manifest(path)
@@ -240,13 +285,18 @@ def _reason(step: int, machines: list[_Machine]) -> str:
     return ""
 
 
-def _copy(step: int, machines: list[_Machine], own: str, folder: Path, run: RunFolder, ranks: Ranks) -> str:
-    """Copy the parts of all machines into the run folder; return what failed, or an empty string. Collective."""
-    source, staged = folder / f"step_{step:06d}", run.checkpoint_of(step).with_suffix(".tmp")
-    manifest: Manifest = agreed(lambda: read_manifest(source), ranks)  # type: ignore[assignment]
-    holders = {name: next((m.name for m in machines if name in m.parts[step].whole), "") for name in manifest.files}
-    if missing := next((name for name, holder in holders.items() if not holder), ""):
-        return f"no machine has its file {missing}"
+def _copy(plan: _CopyPlan, own: str, source: Path, final: Path, damages: dict[Path, str], ranks: Ranks) -> str:
+    """Copy the parts of all machines into the run folder; return what failed, or an empty string. Collective.
+
+    Args:
+        plan: of the copy.
+        own: name of this machine on its first rank; empty on the others.
+        source: this machine's part.
+        final: its folder in the run folder.
+        damages: damaged checkpoints of the run folder that are as new or newer, which are moved aside.
+        ranks: coordinates of this rank.
+    """
+    manifest, staged = plan.manifest, final.with_suffix(".tmp")
 
     def act(is_mine: bool, action: Any) -> str:
         failure = ""
@@ -254,7 +304,7 @@ def _copy(step: int, machines: list[_Machine], own: str, folder: Path, run: RunF
             try:
                 action()
             except OSError as error:
-                failure = f"{error.filename}: {error.strerror}"
+                failure = f"{error.filename2 or error.filename or staged}: {error.strerror}"
         return first_error(failure)
 
     def make_folders() -> None:
@@ -263,7 +313,7 @@ def _copy(step: int, machines: list[_Machine], own: str, folder: Path, run: RunF
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
 
     def copy_own() -> None:
-        for name, holder in holders.items():
+        for name, holder in plan.holders.items():
             if holder == own:
                 shutil.copyfile(source / name, staged / name)
                 with (staged / name).open("rb") as file:
@@ -271,8 +321,9 @@ def _copy(step: int, machines: list[_Machine], own: str, folder: Path, run: RunF
 
     def publish() -> None:
         write_manifest(staged, manifest)
-        staged.rename(run.checkpoint_of(step))
-        sync_folder(run.checkpoints)
+        move_to_damaged(damages)
+        staged.rename(final)
+        sync_folder(final.parent)
 
     failure = act(ranks.is_first, make_folders) or act(bool(own), copy_own) or act(ranks.is_first, publish)
     if failure and ranks.is_first:

@@ -46,10 +46,10 @@ def verify_checkpoints(wanted: CheckpointsToVerify, model: str, ranks: Ranks) ->
     """
     reasons: dict[Path, str] = {}
     for path in wanted.newest_first:
-        reason = _reason(path, model, ranks)
+        reason = find_damage(path, model, ranks)
         if reason is None:
             if reasons:
-                agreed(lambda: _move_aside(reasons), ranks)
+                agreed(lambda: move_to_damaged(reasons), ranks)
                 log.warning("continuing from the checkpoint before, %s", path)
             return
         if wanted.named_by_user:
@@ -64,8 +64,14 @@ def verify_checkpoints(wanted: CheckpointsToVerify, model: str, ranks: Ranks) ->
         )
 
 
-def _reason(path: Path, model: str, ranks: Ranks) -> str | None:
-    """Return the file and what differs if the checkpoint cannot be used. The same on every rank."""
+def find_damage(path: Path, model: str, ranks: Ranks) -> str | None:
+    """Compare a checkpoint with its manifest; return the file and what differs, or None if it can be used. Collective.
+
+    Args:
+        path: folder of the checkpoint.
+        model: `describe_model` of the model of this run.
+        ranks: coordinates of this rank.
+    """
 
     def read() -> Manifest | None:
         manifest = read_manifest(path)
@@ -97,7 +103,8 @@ def _reason(path: Path, model: str, ranks: Ranks) -> str | None:
     return all_found[0] + (f" (and {len(all_found) - 1} more files)" if len(all_found) > 1 else "")
 
 
-def _move_aside(reasons: dict[Path, str]) -> None:
+def move_to_damaged(reasons: dict[Path, str]) -> None:
+    """Move damaged checkpoints of a run to `checkpoints/damaged/`; `reasons` has the message for each."""
     for path in reasons:
         folder = path.parent / DAMAGED
         folder.mkdir(exist_ok=True)

@@ -34,11 +34,13 @@ def _die_with_parent() -> None:
 
 
 class _StderrForwarder:
-    """Forwards each rank's stderr line by line and records which rank wrote last."""
+    """Forwards each rank's stderr line by line, counts the lines, and records which rank wrote last."""
 
     def __init__(self, num_ranks: int) -> None:
         self.tails: list[deque[bytes]] = [deque(maxlen=_TAIL_LINES) for _ in range(num_ranks)]
         self.last_writer = -1
+        self.num_lines = 0
+        """Lines of all ranks so far."""
         self._lock = threading.Lock()
 
     def forward(self, local_rank: int, descriptor: int) -> None:
@@ -55,6 +57,7 @@ class _StderrForwarder:
         with self._lock:
             self.tails[local_rank].extend(lines)
             self.last_writer = local_rank
+            self.num_lines += len(lines)
             # A line that ends with a carriage return gets no newline: the next line overwrites it.
             sys.stderr.buffer.write(b"".join(line if line.endswith(b"\r") else line + b"\n" for line in lines))
             sys.stderr.buffer.flush()

@@ -38,30 +38,51 @@ def exit_code_of(return_code: int) -> int:
     return return_code if return_code in (0, 2, *STOPPED_EXIT_CODES) else 1
 
 
-def _report(ranks: RankProcesses, failed: int, return_code: int) -> str:
-    """Print the failed rank's last lines as the last text on the screen. Return them for the other machines."""
+def _report(ranks: RankProcesses, failed: int, return_code: int, *, cause_is_last: bool) -> str:
+    """Print the failed rank's last lines as the last text on the screen. Return them for the other machines.
+
+    Args:
+        ranks: of this machine.
+        failed: local number of the rank.
+        return_code: of its process.
+        cause_is_last: the signal that ended it is the last line on the screen, and is not printed again.
+    """
     tail = [line.decode(errors="replace") for line in ranks.screen.tails[failed]]
     cause: list[str] = []
     if return_code < 0:
-        name = signal.Signals(-return_code).name
-        usual = " (the usual cause: out of memory)" if return_code == -signal.SIGKILL else ""
-        cause.append(f"launch: rank {ranks.names[failed]} was ended by {name}{usual}")
+        cause.append(_signal_line(ranks.names[failed], return_code))
     elif not tail:
         cause.append(f"launch: rank {ranks.names[failed]} ended with exit code {return_code} and no message")
     shown = cause
     if ranks.screen.last_writer != failed and tail:
         shown = [f"launch: the last lines of rank {ranks.names[failed]}, which failed first:", *tail, *cause]
-    _show("".join(f"{line}\n" for line in shown))
+    if not cause_is_last or shown is not cause:
+        _show("".join(f"{line}\n" for line in shown))
     heading = f"launch: the last lines of rank {ranks.names[failed]} on {socket.gethostname()}, which failed first:"
     return "".join(f"{line}\n" for line in [heading, *tail, *cause])[-_MAX_TAIL_CHARACTERS:]
 
 
-def _show_reason(ranks: RankProcesses, reason: RankExit) -> str:
-    """Print the reason of a failure as the last text on the screen. Return it for the other machines."""
-    if reason.rank is not None:
-        return _report(ranks, reason.rank, reason.code)
-    _show(reason.text)
-    return reason.text
+def _signal_line(rank: str, return_code: int) -> str:
+    """Return the line that names the signal which ended a rank."""
+    usual = " (the usual cause: out of memory)" if return_code == -signal.SIGKILL else ""
+    return f"launch: rank {rank} was ended by {signal.Signals(-return_code).name}{usual}"
+
+
+def _end_others(ranks: RankProcesses, reason: RankExit) -> str:
+    """End the other ranks and print the reason of the failure as the last text. Return it for the other machines.
+
+    The end of the ranks can take 11 s, so a signal that ended a rank is printed before it, too.
+    """
+    if reason.rank is None:
+        ranks.terminate()
+        _show(reason.text)
+        return reason.text
+    num_lines, is_shown = ranks.screen.num_lines, reason.code < 0
+    if is_shown:
+        _show(f"{_signal_line(ranks.names[reason.rank], reason.code)}\n")
+    ranks.terminate()
+    is_last = is_shown and ranks.screen.num_lines == num_lines
+    return _report(ranks, reason.rank, reason.code, cause_is_last=is_last)
 
 
 def _exit_with_reason(ranks: RankProcesses, first: RankExit) -> RankExit:
@@ -168,13 +189,12 @@ def _wait_for_all(
         elif exited.code != 0:
             by_signal = len(received) > 1 or (received and -exited.code == _request_of(received[0]))
             reason = exited if by_signal else _exit_with_reason(ranks, exited)
-            ranks.terminate()
-            code = _stopped_code(received) if by_signal else exit_code_of(exited.code)
-            text = f"launch: interrupted on {socket.gethostname()}\n"
             if by_signal:
+                code, text = _stopped_code(received), f"launch: interrupted on {socket.gethostname()}\n"
+                ranks.terminate()
                 _show(text)
             else:
-                text = _show_reason(ranks, reason)
+                code, text = exit_code_of(exited.code), _end_others(ranks, reason)
             if meeting is not None:
                 meeting.report_failure(code, text)
             return code

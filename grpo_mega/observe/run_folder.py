@@ -209,6 +209,7 @@ def checkpoints_to_verify(
     folder = RunFolder(path)
     if _holds_run(folder) and not overwrite:
         _allowed_changes(folder, resolved)
+        _require_allowed(folder, max(folder.complete_checkpoints(), default=0), resume)
         own = folder.all_checkpoints()
         if _is_finished(folder, train_steps):
             return CheckpointsToVerify()
@@ -343,18 +344,24 @@ def checkpoint_step(path: Path) -> int | None:
     return int(named[1]) if named else None
 
 
-def _require_resumable(folder: RunFolder, step: int, resume: str) -> None:
-    """Check that a run continues from its own newest checkpoint, so that a repeated command never loses a step."""
+def _require_allowed(folder: RunFolder, step: int, resume: str) -> None:
+    """Check that `checkpoint.resume` lets a command continue the run in the folder."""
     if resume == "never":
         raise UserError(
             f"checkpoint.resume=never, but run.dir={folder.path} holds a run at step {step}",
             remedy="use another run.dir, checkpoint.resume=auto to continue it, or run.overwrite=true to move it aside",
         )
+
+
+def _require_resumable(folder: RunFolder, step: int, resume: str) -> None:
+    """Check that a run continues from its own newest checkpoint, so that a repeated command never loses a step."""
+    _require_allowed(folder, step, resume)
     own = Path(resume).absolute().parent == folder.checkpoints.absolute()
     if own and Path(resume).absolute() != folder.checkpoint_of(step).absolute():
         raise UserError(
             f"checkpoint.resume={resume} is not the newest complete checkpoint of its run, which is at step {step}",
-            remedy="to go back, remove the later checkpoints and use auto, or start in another run.dir",
+            remedy="to go back, remove the later checkpoints, also those in checkpoint.local_dir, and use auto, or "
+            "start in another run.dir",
         )
 
 

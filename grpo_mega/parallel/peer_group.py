@@ -14,6 +14,7 @@ import io
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -32,12 +33,17 @@ from torch._C._distributed_c10d import (  # torch.distributed has these names, a
 T = TypeVar("T")
 
 _POLL_SECONDS = 1.0  # between two calls of `check_others`
+_FAILURE_KEY = "failure"  # of the store
 _ARRAYS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy._core.numeric", "_frombuffer"),
 }
+
+
+class PeerFailedError(RuntimeError):
+    """Another rank of the group has reported a failure, after which the group cannot be used any more."""
 
 
 def _no_check() -> None:
@@ -92,10 +98,19 @@ class PeerGroup:
         """
         dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
+    def report_failure(self, reason: str) -> None:
+        """Have all ranks that wait in `await_keys` raise PeerFailedError with this text. Does nothing without a store.
+
+        For a group with a store of its own, which is not used again.
+        """
+        with suppress(RuntimeError):
+            self.store.set(_FAILURE_KEY, reason)
+
     def await_keys(self, keys: Sequence[str], seconds: float) -> None:
         """Wait until all keys are in the store.
 
         Raises:
+            PeerFailedError: another rank has called `report_failure`.
             RuntimeError: a key is missing after `seconds`, or the store or another rank is gone.
         """
         end = time.monotonic() + seconds
@@ -106,6 +121,8 @@ class PeerGroup:
                 return
             except dist.DistStoreError:
                 self.check_others()
+                if self.store.check([_FAILURE_KEY]):
+                    raise PeerFailedError(self.store.get(_FAILURE_KEY).decode(errors="replace")) from None
                 if left <= _POLL_SECONDS:
                     raise
 

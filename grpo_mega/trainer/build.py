@@ -44,7 +44,7 @@ from grpo_mega.trainer.build_rollout import make_source, start_workers
 from grpo_mega.trainer.build_saves import make_managers, make_saves
 from grpo_mega.trainer.engine_probe import EngineProbe
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
-from grpo_mega.trainer.loop import TrainerState, evaluate, push_weights, train
+from grpo_mega.trainer.loop import TrainerState, evaluate, send_weights, train
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
@@ -76,13 +76,13 @@ class BuiltJob:
         job, observer = self.job, self.job.observer
         try:
             self.rollbacker.start(self.state)
-            first = push_weights(job, self.state)
+            first = send_weights(job, self.state)
             known = self.run_state.previous is not None and self.run_state.previous.eval_before is not None
             is_new = self.run_state.status == "fresh" or self.state.step == 0  # a fork starts at a later step
             before = evaluate(job, self.state) if is_new and not known else None
             observer.started(first.policy_digest, before)
             last = self.rollbacker.train_to_end(
-                lambda state: train(job, state), self.state, lambda state: push_weights(job, state)
+                lambda state: train(job, state), self.state, lambda state: send_weights(job, state)
             )
             after = evaluate(job, last)
             if job.background is not None:

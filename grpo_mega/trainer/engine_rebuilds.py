@@ -1,10 +1,10 @@
-"""Rebuilds the engines of all ranks after a failure of sampling, in the processes that are running, and samples again.
+"""Rebuilds the engines of all ranks after a failure, in the processes that are running, and samples or syncs again.
 
 A failure on any rank is raised on all (`rollout.sampler.SamplingFailedError`). Then every rank closes its engine,
 builds it again, connects it with the policy, and receives the weights. The step is sampled again with the same seeds,
 so the run equals one without the failure. Processes of an engine that exited, or are stopped, while it slept are found
-before the next weight sync (`replace_lost`). An engine of a server is connected again, after the server was started
-again.
+before the next weight sync (`replace_lost`), and those that exit or are stopped during a sync after it (`push`). An
+engine of a server is connected again, after the server was started again (`push_to_servers`).
 A failure of the device itself (a sticky CUDA error) cannot be repaired in the process: the rebuild fails, the run ends
 with exit code 1, and `launch/train.sh --restarts N` continues it.
 Asserted by tests/unit/trainer/test_engine_rebuilds.py and tests/e2e/test_engine_failure.py.
@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, cast, runtime_checkable
 
 from grpo_mega.interfaces import Engine, SyncPeers, WeightSink
 from grpo_mega.observe.engine_gauges import EngineGauges
+from grpo_mega.observe.log import FILE_ONLY
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.trainer.phases import Phases
-from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
+from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError, WeightMismatchError
 from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 
 log = logging.getLogger(__name__)
@@ -219,6 +220,53 @@ class EngineRebuilds:
         """
         if reason := self._first_fault(self._engine.fault()):
             self._rebuild(reason, "")
+
+    def push(self, push: Callable[[], T]) -> T:
+        """Return the result of `push`, which sends the weights, and repeats it if an engine was lost. Collective.
+
+        Args:
+            push: sends the weights to the engines; if one fails, it raises WeightMismatchError on all ranks.
+
+        Raises:
+            WeightMismatchError: the weights differ, or an engine failed whose processes are still running.
+            RuntimeError: of `push`; or engines were lost more often than allowed, or cannot be rebuilt.
+        """
+        while True:
+            try:
+                return push()
+            except WeightMismatchError:
+                lost = self._first_fault(self._engine.fault())
+                if not lost:
+                    raise
+                reason = f"the weight sync failed: {lost}"  # without the frames of the call, which hold the engine
+            self._rebuild(reason, ", and the weights are sent again")
+
+    def push_to_servers(self, push: Callable[[], T]) -> T:
+        """Return the result of `push`, which sends the weights, and repeats it if it failed on any rank. Collective.
+
+        The ranks do not notice at the same time, or not all of them, that a server was lost; so they agree.
+
+        Args:
+            push: sends the weights to the engine servers.
+
+        Raises:
+            WeightMismatchError: the weights differ, or the engine of a server failed.
+            SamplingFailedError: of `push`, which waits for sampling in the background.
+            RuntimeError: the sync failed more often than allowed, or no server is available.
+        """
+        while True:
+            failure = ""
+            result: T | None = None
+            try:
+                result = push()
+            except (WeightMismatchError, SamplingFailedError):  # on every rank
+                raise
+            except RuntimeError as error:
+                failure = str(error)
+                log.warning("the weight sync failed on this rank", exc_info=error, extra=FILE_ONLY)
+            if not (failure := self._first_fault(failure)):
+                return cast("T", result)
+            self._rebuild(f"the weight sync failed: {failure}", ", and the weights are sent again")
 
     def _rebuild(self, reason: str, then: str) -> None:
         self.count += 1

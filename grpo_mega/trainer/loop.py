@@ -156,7 +156,7 @@ def probe_engine(job: TrainerState, state: LoopState, groups: SampledGroups, ste
         with job.phases.sampling(), job.timers.phase("rollout"), background.pausing_sampling():
             return probe.sample(groups, step)
 
-    sampled = job.engines.sample(sample, lambda: push_weights(job, state))
+    sampled = job.engines.sample(sample, lambda: send_weights(job, state))
     with job.phases.training(), job.timers.phase("log_probs"):
         return probe.compare(job.policy, sampled)
 
@@ -175,9 +175,9 @@ def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGrou
             prompts_step, attempt = rollbacks.prompts_step_of(step), rollbacks.attempt_of(step)
             return job.groups.sample(step, prompts_step, attempt, state.carried)
 
-    groups = job.engines.sample(sample, lambda: push_weights(job, state))
+    groups = job.engines.sample(sample, lambda: send_weights(job, state))
     with job.timers.phase("sync"):
-        job.sync.verify_after_sampling()  # before the engine sleeps
+        job.engines.push(job.sync.verify_after_sampling)  # before the engine sleeps
     return groups
 
 
@@ -197,7 +197,7 @@ def evaluate(job: TrainerState, state: LoopState) -> Evaluation | None:
         with job.phases.sampling(), job.timers.phase("evaluation"), paused():
             return evaluator.evaluate()
 
-    return job.engines.sample(sample, lambda: push_weights(job, state))
+    return job.engines.sample(sample, lambda: send_weights(job, state))
 
 
 def state_bytes(job: TrainerState) -> dict[str, int]:
@@ -249,25 +249,36 @@ def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:
         )
 
 
+def send_weights(job: TrainerState, state: LoopState) -> SyncReport:
+    """Send the policy's weights as `push_weights`, and again if an engine is lost meanwhile. Collective.
+
+    Raises:
+        WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.push`.
+    """
+    if job.config.engine.placement == "server":
+        return job.engines.push_to_servers(lambda: push_weights(job, state))
+    return job.engines.push(lambda: push_weights(job, state))
+
+
 def sync_weights(job: TrainerState, state: LoopState) -> SyncReport:
-    """Send the policy's weights to the engines between two steps, as `push_weights`. Collective.
+    """Send the policy's weights to the engines between two steps, as `send_weights`. Collective.
 
     Lost engines are replaced first. If the engines sample in the background, sampling is paused instead, between two
     slices: it uses the engines all the time, so it finds a lost engine by itself.
 
     Raises:
-        WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.sample`.
+        WeightMismatchError, RuntimeError: see `send_weights` and `EngineRebuilds.sample`.
     """
     if job.background is None:
         job.engines.replace_lost()
-        return push_weights(job, state)
+        return send_weights(job, state)
     paused = job.background.syncing
 
     def push() -> SyncReport:
         with paused():
             return push_weights(job, state)
 
-    return job.engines.sample(push, lambda: push_weights(job, state))
+    return job.engines.sample(lambda: job.engines.push_to_servers(push), lambda: send_weights(job, state))
 
 
 def evaluate_if_due(job: TrainerState, state: LoopState) -> None:

@@ -65,11 +65,14 @@ def run_job(
         with ExitStack() as lock:
             wanted = agreed(lambda: _lock_and_list(config, lock), ranks)
             model, local_dir = describe_model(hf_shapes(checkpoint_spec(folder))), config.checkpoint.local_dir
-            if local_dir is not None and not config.run.overwrite:
-                run_folder = RunFolder(Path(str(config.run.dir)))
-                copy_newest(Path(local_dir), run_folder, model, ranks, leads=leads_machine())
-                wanted = agreed(lambda: checkpoints_to_verify(**_arguments(config)), ranks)
-            verify_checkpoints(wanted, model, ranks)
+            run_folder = RunFolder(Path(str(config.run.dir)))
+            is_copied = (
+                local_dir is not None
+                and not config.run.overwrite
+                and copy_newest(Path(local_dir), run_folder, model, ranks, leads=leads_machine())
+            )
+            if not is_copied:
+                verify_checkpoints(wanted, model, ranks)
             run = agreed(lambda: open_run(**_arguments(config)), ranks)
             if run.status == "finished":
                 _print_finished(run, ranks)

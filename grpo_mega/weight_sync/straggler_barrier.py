@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from grpo_mega.parallel.peer_group import PeerGroup
+from grpo_mega.parallel.peer_group import PeerFailedError, PeerGroup
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ class StragglerBarrier:
     """Barriers in a sequence of phases, each of which gathers one object from every rank."""
 
     def __init__(self, name: str, where: list[str], timeout_seconds: float, world: PeerGroup) -> None:
-        """Create the barriers of this rank. All ranks use the same name.
+        """Create the barriers of this rank. All ranks use the same name, and create the same number of such objects.
 
         Args:
             name: prefix of the keys in the store.
@@ -24,7 +24,8 @@ class StragglerBarrier:
             timeout_seconds: limit of the wait in each phase.
             world: all ranks.
         """
-        self._name, self._where, self._phase = name, where, 0
+        created = world.store.add(f"{name}/created_by/{world.rank}", 1)  # the keys of earlier ones stay in the store
+        self._name, self._where, self._phase = f"{name}/{created}", where, 0
         self._timeout, self._world = timeout_seconds, world
 
     @property
@@ -40,6 +41,7 @@ class StragglerBarrier:
             phase: what the ranks are doing, for messages.
 
         Raises:
+            PeerFailedError: another rank has reported a failure.
             RuntimeError: a rank did not arrive in time; names all missing ranks.
         """
         self._phase += 1
@@ -49,6 +51,8 @@ class StragglerBarrier:
             # Wait here first: the collective has the timeout of the process group, and does not name missing ranks.
             self._world.await_keys([self._key(each) for each in range(len(self._where))], self._timeout)
             return self._world.gather(value)
+        except PeerFailedError:
+            raise
         except RuntimeError as error:
             self._world.check_others()
             missing = ", ".join(f"rank {each} ({self._where[each]})" for each in self.missing_ranks())

@@ -160,6 +160,8 @@ class WeightSync:
     def push(self, policy_version: int, *, verify: bool) -> SyncReport:
         """Collective: transfer the policy's current weights to all engines.
 
+        With engine servers, a failure on this rank is reported to the ranks that wait for it.
+
         Args:
             policy_version: the number of updates behind the weights.
             verify: compare the digests of policy and engines.
@@ -169,9 +171,19 @@ class WeightSync:
                 them.
             RuntimeError: on every rank that is still running; a rank exited, timed out or failed (names both ranks).
         """
-        start = time.perf_counter()
-        if self._announce is not None:
+        if self._announce is None:
+            return self._push(policy_version, verify=verify)
+        try:
             self._announce(policy_version, verify)
+            return self._push(policy_version, verify=verify)
+        except WeightMismatchError:  # on every rank
+            raise
+        except RuntimeError as error:
+            self._world.report_failure(f"{self._where[self._world.rank]}: {error}")
+            raise
+
+    def _push(self, policy_version: int, *, verify: bool) -> SyncReport:
+        start = time.perf_counter()
         if self._layouts is None:
             return self._stream(policy_version)
         if self._has_servers:
@@ -229,19 +241,30 @@ class WeightSync:
     def _execute(self, shards: Sequence[HeldSlice], policy_version: int) -> list[str]:
         """Execute the plan and return the failures on this rank.
 
-        After a failure the engine's update stays open, so the engine does not sample.
+        After a failure the engine's update stays open, so the engine does not sample. A rank whose engine cannot begin
+        an update takes part in all rounds, because other ranks wait for its messages.
         """
+        faults = self._begin_update()
         try:
-            self._sink.begin_update()
-            faults = self.executor.run(shards, policy_version)
+            faults += self.executor.run(shards, policy_version)
             if not faults:
                 self._sink.end_update(policy_version)
         except TransportError as error:
             peer = f"rank {error.peer} is {self._where[error.peer]}"
             raise RuntimeError(f"weight sync of version {policy_version}: {error}; {peer}") from error
         except (RuntimeError, ValueError) as error:  # reported to all ranks, which would otherwise wait for this one
-            return [f"the engine of rank {self._world.rank} failed: {error}"]
+            return [*faults, self._engine_failed(error)]
         return faults
+
+    def _begin_update(self) -> list[str]:
+        try:
+            self._sink.begin_update()
+        except (RuntimeError, ValueError) as error:
+            return [self._engine_failed(error)]
+        return []
+
+    def _engine_failed(self, error: Exception) -> str:
+        return f"the engine of rank {self._world.rank} failed: {error}"
 
     def _broadcast_digests(self, digests: dict[str, int]) -> dict[str, int]:
         """Return the policy's digests on every rank, including ranks that hold no weights of the policy."""

@@ -54,6 +54,8 @@ def undisturbed_sglang(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("sglang::scheduler", signal.SIGSTOP, "rollout", "has been stopped (SIGSTOP", id="stop"),
         pytest.param("engine_process", signal.SIGKILL, "train", "exited with code -9", id="kill while it sleeps"),
         pytest.param("sglang::scheduler", signal.SIGSTOP, "train", "is stopped (SIGSTOP", id="stop while it sleeps"),
+        pytest.param("engine_process", signal.SIGKILL, "sync", "the weight sync failed: ", id="kill in a sync"),
+        pytest.param("sglang::scheduler", signal.SIGSTOP, "sync", "the weight sync failed: ", id="stop in a sync"),
     ],
 )
 def test_sglang_is_started_again_and_the_run_equals_the_undisturbed_one(
@@ -79,20 +81,24 @@ def undisturbed_server(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+@pytest.mark.parametrize(
+    ("phase", "reason"),
+    [("rollout", "engine server engine.urls[0]={url} closed the connection"), ("sync", "the weight sync failed: ")],
+)
 def test_a_server_that_was_killed_and_started_again_at_its_address_continues_to_serve_the_run(
-    undisturbed_server: Path, tmp_path: Path
+    undisturbed_server: Path, tmp_path: Path, phase: str, reason: str
 ) -> None:
     run, port = tmp_path / "run", free_port()
     with ExitStack() as stack:
         first = stack.enter_context(serving([*KEYS, f"--port={port}"], tmp_path / "server"))
         arguments = (*KEYS, "engine.placement=server", f"engine.urls=['127.0.0.1:{port}']", f"run.dir={run}")
         job = stack.enter_context(running_job(arguments, tmp_path / "log"))
-        act_in_phase(job, "rollout", 3, lambda _: first.process.kill())
+        act_in_phase(job, phase, 3, lambda _: first.process.kill())
         first.process.wait(10)
         stack.enter_context(serving([*KEYS, f"--port={port}"], tmp_path / "again"))
         assert job.wait(300) == 0, (tmp_path / "log.err").read_text()[-3000:]
     shown = (run / "logs" / "rank_00000.log").read_text()
-    assert f"engine server engine.urls[0]=127.0.0.1:{port} closed the connection" in shown
+    assert reason.format(url=f"127.0.0.1:{port}") in shown
     assert "the engines are rebuilt (1 of 2)" in shown
     assert_equal(run, undisturbed_server)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_mega.checkpoint.local_copies import copy_newest, open_local_folder
+from grpo_mega.checkpoint.local_copies import copy_newest, local_folder, open_local_folder
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.checkpoint.verification import DAMAGED
 from grpo_mega.formats.checkpoint_manifest import COMPLETE, MANIFEST, require_undamaged
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.phases import Phases
+from grpo_mega.types import CheckpointWriteError
 from tests.helpers.checkpointed_training import RATES, state_bytes, train_on
 from tests.helpers.recorded_rollouts import Layout, Recorded, open_policy
 from tests.parallel.conftest import Laboratory
@@ -62,6 +65,18 @@ def find(rank: int, root: Path) -> list[str]:
     copy_newest(root / f"machine_{rank}", RunFolder(root / "run"), MODEL, ranks_of(rank), leads=True)
     logger.removeHandler(handler)
     return lines
+
+
+def find_without_space(rank: int, root: Path) -> str:
+    """Look for a local checkpoint while no file of more than 1000 bytes can be written; return the error."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(CheckpointWriteError) as raised:
+            find(rank, root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return str(raised.value)
 
 
 def load(rank: int, recorded: Recorded, checkpoint: Path) -> tuple[LoopState, list[bytes]]:
@@ -108,13 +123,45 @@ def test_the_newest_local_checkpoint_is_copied_from_all_machines_and_is_the_stat
 
 def rename_place(before: Path, now: Path) -> None:
     """Give the local folders the name that belongs to the copied run folder."""
-    from grpo_mega.checkpoint.local_copies import local_folder
-
     number = (now / "run" / "local_id").read_text()
     for rank in (0, 1):
         machine = now / f"machine_{rank}"
         old = local_folder(machine, RunFolder(before / "run"), number).parent
         old.rename(local_folder(machine, RunFolder(now / "run"), number).parent)
+
+
+def test_a_local_checkpoint_that_cannot_be_copied_is_kept_and_the_error_names_it_and_the_one_before(
+    saved: Saved, laboratory: Laboratory, tmp_path: Path
+) -> None:
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    rename_place(saved[0], tmp_path)
+    run = RunFolder(tmp_path / "run")
+    messages = laboratory.pool.call(2, find_without_space, tmp_path)
+    for rank, message in enumerate(messages):
+        local = local_folder(tmp_path / f"machine_{rank}", run, run.local_id.read_text()) / "step_000003"
+        assert message.startswith(f"the local checkpoint of step 3 cannot be copied to {run.checkpoint_of(3)}: ")
+        assert "File too large" in message
+        assert f"it is unchanged in {local} of each machine" in message
+        assert message.endswith("to continue from the checkpoint of step 1 in the run folder instead")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_000001"]
+    (line,) = laboratory.pool.call(2, find, tmp_path)[0]
+    assert line == f"the local checkpoint of step 3 was copied to {run.checkpoint_of(3)}"
+    require_undamaged(run.checkpoint_of(3))
+
+
+@pytest.mark.parametrize("damaged_step", [3, 4])
+def test_a_local_checkpoint_is_used_if_those_of_the_run_folder_that_are_as_new_are_damaged(
+    saved: Saved, laboratory: Laboratory, tmp_path: Path, damaged_step: int
+) -> None:
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    rename_place(saved[0], tmp_path)
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(run.checkpoint_of(1), run.checkpoint_of(damaged_step))  # of another step than its name says
+    line = laboratory.pool.call(2, find, tmp_path)[0][-1]
+    assert line == f"the local checkpoint of step 3 was copied to {run.checkpoint_of(3)}"
+    require_undamaged(run.checkpoint_of(3))
+    assert sorted(run.all_checkpoints()) == [1, 3]
+    assert [path.name for path in (run.checkpoints / DAMAGED).iterdir()] == [f"step_{damaged_step:06d}"]
 
 
 def lose_machine(folder: Path) -> None:
@@ -153,8 +200,6 @@ def lose_marker(folder: Path) -> None:
 def test_a_local_checkpoint_that_is_not_whole_is_not_used_and_the_log_says_why(
     saved: Saved, laboratory: Laboratory, tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
-    from grpo_mega.checkpoint.local_copies import local_folder
-
     shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
     rename_place(saved[0], tmp_path)
     run = RunFolder(tmp_path / "run")

@@ -13,21 +13,32 @@ import torch
 import torch.distributed as dist
 
 from grpo_mega.parallel.loopback import open_store
-from grpo_mega.parallel.peer_group import find_store, join_peers, read_plain
+from grpo_mega.parallel.peer_group import (
+    PeerFailedError,
+    PeerGroup,
+    find_store,
+    job_peer_group,
+    join_peers,
+    read_plain,
+)
 from grpo_mega.parallel.topology import Topology
 from tests.helpers.ranks import RankPool
 
 
-def exchange_objects(rank: int, folder: Path) -> tuple[list[object], list[float], list[str], int]:
-    """Exchange objects between ranks 0 and 1 of one program and rank 2 of another; default groups must not change."""
-    program = dist.new_group([0, 1]) if rank < 2 else None
+def open_common_store(rank: int, folder: Path) -> dist.TCPStore:
+    """Return this rank's connection to a store that rank 0 opens."""
     if rank == 0:
         store = open_store("127.0.0.1", 0, 30.0)
         (folder / "tmp").write_text(str(store.port))
         (folder / "tmp").rename(folder / "port")
     dist.barrier()
-    if rank:
-        store = find_store("127.0.0.1", int((folder / "port").read_text()), 30.0)
+    return store if rank == 0 else find_store("127.0.0.1", int((folder / "port").read_text()), 30.0)
+
+
+def exchange_objects(rank: int, folder: Path) -> tuple[list[object], list[float], list[str], int]:
+    """Exchange objects between ranks 0 and 1 of one program and rank 2 of another; default groups must not change."""
+    program = dist.new_group([0, 1]) if rank < 2 else None
+    store = open_common_store(rank, folder)
     peers = join_peers(store, 2 - rank, ["server", "rank 1", "rank 0"], 30.0)
     gathered = peers.gather({"rank": rank, "numbers": np.arange(rank), "dtype": torch.bfloat16, "grid": Topology(2)})
     tensor = torch.tensor([float(rank)])
@@ -62,6 +73,21 @@ def test_a_rank_that_does_not_join_is_named(rank_pool: RankPool) -> None:
 
 def test_the_rendezvous_ends_when_another_rank_has_exited(rank_pool: RankPool) -> None:
     assert rank_pool.call(1, join_alone, "host:7 is gone") == ["host:7 is gone"]
+
+
+def wait_for_each_other(rank: int, folder: Path) -> str:
+    """Rank 1 reports a failure, which ends the wait of rank 0 before its timeout."""
+    peers = PeerGroup(job_peer_group().group, open_common_store(rank, folder))
+    if rank == 1:
+        peers.report_failure("rank 1: the server is gone")
+        return ""
+    with pytest.raises(PeerFailedError) as caught:
+        peers.await_keys(["never"], 600.0)
+    return str(caught.value)
+
+
+def test_a_reported_failure_ends_the_wait_of_the_other_ranks(rank_pool: RankPool, tmp_path: Path) -> None:
+    assert rank_pool.call(2, wait_for_each_other, tmp_path) == ["rank 1: the server is gone", ""]
 
 
 @dataclass

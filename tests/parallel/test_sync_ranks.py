@@ -208,6 +208,10 @@ class FaultySink(MemorySink):
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
         return None if self.fault in ("stale", "swapped", "rejected") else super().memory_of(hf)
 
+    def begin_update(self) -> None:
+        if self.fault == "exited":
+            raise RuntimeError("its process has exited")
+
     def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
         if self.fault == "failing":
             raise RuntimeError("its process exited")
@@ -283,6 +287,7 @@ FAULTS = {
     "lost": ["bucket 2 from rank", "to rank 1 was expected", "bucket 0 of version"],
     "twice": ["bucket 3 from rank 1 to rank 3 was expected", "bucket 1 of version 9,"],
     "older": ["bucket 3 from rank 1 to rank 3 was expected", "bucket 3 of version 9,"],
+    "exited": ["the engine of rank 1 failed: its process has exited"],
     "failing": ["the engine of rank 1 failed in the verification: its process exited"],
 }
 
@@ -337,6 +342,8 @@ def test_a_rank_that_stalls_is_named_by_those_that_wait_for_it(rank_pool: RankPo
 
 def error_of_missing_rank(rank: int) -> str:
     """Rank 2 does not reach the barrier in time."""
+    _, _, earlier = open_sync(rank)  # of engines that were rebuilt
+    earlier._barrier.gather(None, "testing")
     _, _, sync = open_sync(rank)
     sync._barrier._timeout = 2.0
     if rank == 2:

@@ -141,7 +141,8 @@ class SglangEngine:
 
     def fault(self) -> str:
         """Return why SGLang's processes cannot be used any more, or an empty string."""
-        return "" if self._process is None else self._process.fault()
+        lost = "" if self._client is None else self._client.fault()
+        return lost or ("" if self._process is None else self._process.fault())
 
     def sleep(self) -> None:
         """Release the KV cache, then the weights, which the next sync brings back.
@@ -152,22 +153,18 @@ class SglangEngine:
         """
         if self._asleep:
             return
-        if self._process is not None:
-            try:
-                self._process.call("release", ["kv_cache", "weights"])
-            except RuntimeError as error:
-                if not self._process.has_exited:
-                    raise
-                logger.warning("%s", error)
+        self._call_if_running("release", ["kv_cache", "weights"])
         self._asleep = {"weights", "kv_cache"}
         self._sink.forget()
 
     def wake(self, what: Resident) -> None:
-        """Allocate again what `sleep` released. SGLang needs the weights, which a sync then fills, before the cache."""
+        """Allocate again what `sleep` released. SGLang needs the weights, which a sync then fills, before the cache.
+
+        Nothing happens in processes that have exited: the next sync or call fails, on all ranks.
+        """
         if what not in self._asleep:
             return
-        if self._process is not None:
-            self._process.call("resume", [what])
+        self._call_if_running("resume", [what])
         self._asleep.remove(what)
 
     def close(self) -> None:
@@ -177,6 +174,17 @@ class SglangEngine:
         if self._process is not None:
             self._process.close()
             self._process = None
+
+    def _call_if_running(self, command: str, tags: list[Resident]) -> None:
+        """Run a command in SGLang's process on the first rank. If the process has exited, log that."""
+        if self._process is None:
+            return
+        try:
+            self._process.call(command, tags)
+        except RuntimeError as error:
+            if not self._process.has_exited:
+                raise
+            logger.warning("%s", error)
 
     def _start(self, tensors: dict[str, Any]) -> Iterator[Any]:
         """On the first rank: yield heartbeats until SGLang has started, then the models of its schedulers."""

@@ -26,6 +26,7 @@ from grpo_mega.engines.sglang.messages import HostSettings, set_timeouts
 _HOST_MODULE = "grpo_mega.engines.sglang.engine_process"
 _START_SECONDS = 600.0  # for imports and spawned processes, on a machine that several engines share
 _END_SECONDS = 20.0
+_CHECK_SECONDS = 1.0  # between two looks for a stopped process while a command runs
 _STOPPED_SECONDS = 30.0  # less than the launcher waits before it ends a job with a stopped process
 _LAST_LINES = 30  # lines of the log in an error
 
@@ -89,13 +90,14 @@ class SglangProcess:
         """Run one command in the process and return its answer.
 
         Raises:
-            RuntimeError: the command failed, timed out, or the process exited (with the end of its log).
+            RuntimeError: the command failed, timed out, or the process exited or has been stopped (with the end of its
+                log).
         """
         self._finish_last()
         self._answer_pending = True
         self._send((command, arguments))
         answer = None
-        for part in self._parts(command, self._timeout, self._timeout):
+        for part in self._parts(command, self._timeout, _CHECK_SECONDS):
             answer = part
         return answer
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -16,9 +18,13 @@ from grpo_mega.engines.sglang.staging import Staging
 from grpo_mega.engines.sglang.weight_server import WeightServerAddress
 from grpo_mega.types import TensorSlice
 
+_CHECK_SECONDS = 1.0  # between two looks at a scheduler that does not answer
+_STOPPED_SECONDS = 30.0  # as in engine_client.py
+
 
 class SchedulerGoneError(RuntimeError):
-    """The scheduler process exited, timed out, or holds another policy version; the client cannot be used any more."""
+    """The scheduler process exited, is stopped, timed out, or holds another policy version; the client cannot be used
+    any more."""
 
 
 class WeightClient:
@@ -45,6 +51,7 @@ class WeightClient:
         last_words: Callable[[], str] = str,
     ) -> None:
         self._timeout, self._last_words, self._broken = timeout_seconds, last_words, ""
+        self._process = address.process
         self._scheduler = f"SGLang's rank {address.rank} (process {address.process})"
         self._rank = f"rank {rank}"
         self._staging, self._staged = staging, list[tuple[TensorSlice, torch.dtype, int]]()
@@ -86,7 +93,7 @@ class WeightClient:
         """Run one command in the scheduler process and return its answer.
 
         Raises:
-            SchedulerGoneError: it timed out, or the process exited.
+            SchedulerGoneError: it timed out, or the process exited or has been stopped.
             RuntimeError: the command failed (with its message).
         """
         if self._broken:
@@ -108,6 +115,10 @@ class WeightClient:
         if found != expected:
             raise self._end(f"holds version {found} of the weights, and {self._rank} sent version {expected}")
 
+    def fault(self) -> str:
+        """Return why the client cannot be used any more, or an empty string."""
+        return self._broken
+
     def close(self) -> None:
         """Close the connection. A second call does nothing."""
         self._connection.close()
@@ -117,8 +128,7 @@ class WeightClient:
 
     def _receive(self, command: str) -> Any:
         try:
-            if not self._connection.poll(self._timeout):
-                raise self._end(f"did not answer {command} from {self._rank} within {self._timeout:g} s")
+            self._await_answer(command)
             kind, value = self._connection.recv()
         except BlockingIOError as error:
             raise self._end(f"did not complete its answer to {command} from {self._rank}") from error
@@ -127,6 +137,26 @@ class WeightClient:
         if kind == "failed":
             raise RuntimeError(f"{self._scheduler}, {command} from {self._rank}: {value}")
         return value
+
+    def _await_answer(self, command: str) -> None:
+        begin, stopped_since = time.monotonic(), float("inf")
+        while (left := begin + self._timeout - time.monotonic()) > 0:
+            if self._connection.poll(min(left, _CHECK_SECONDS)):
+                return
+            now = time.monotonic()
+            stopped_since = min(stopped_since, now) if self._is_stopped() else float("inf")
+            if now - stopped_since >= _STOPPED_SECONDS:
+                raise self._end(
+                    f"has been stopped (SIGSTOP, or a debugger) for {_STOPPED_SECONDS:g} s while {self._rank} waited "
+                    f"for {command}"
+                )
+        raise self._end(f"did not answer {command} from {self._rank} within {self._timeout:g} s")
+
+    def _is_stopped(self) -> bool:
+        try:
+            return psutil.Process(self._process).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+        except psutil.NoSuchProcess:
+            return False
 
     def _end(self, what: str) -> SchedulerGoneError:
         self._broken = f"{self._scheduler} {what}{self._last_words()}"

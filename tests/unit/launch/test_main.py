@@ -200,6 +200,39 @@ def test_killed_rank_is_named_with_its_signal(capfdbinary: pytest.CaptureFixture
     assert b"launch: rank 0 was ended by SIGKILL" in capfdbinary.readouterr().err
 
 
+KILLED_FIRST = """
+import os, signal, sys, time
+def end(*_):
+    with open(os.environ["FOLDER"] + "/screen") as screen, open(os.environ["FOLDER"] + "/seen", "w") as seen:
+        seen.write(screen.read())
+    sys.stderr.write("connection closed by peer\\n")
+    sys.stderr.flush()
+    os._exit(1)
+if os.environ["RANK"] == "1":
+    signal.signal(signal.SIGTERM, end)
+    open(os.environ["FOLDER"] + "/ready", "w").close()
+    time.sleep(60)
+while not os.path.exists(os.environ["FOLDER"] + "/ready"):
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_rank_is_named_before_the_other_ranks_are_ended_and_again_after_their_lines(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from grpo_mega.launch.supervisor import run_ranks
+env = [{{**os.environ, "RANK": str(r)}} for r in range(2)]
+sys.exit(run_ranks([sys.executable, "-S", "-c", {KILLED_FIRST!r}], env))
+"""
+    with (tmp_path / "screen").open("wb") as screen:
+        env = {**os.environ, "FOLDER": str(tmp_path)}
+        assert subprocess.run([sys.executable, "-c", code], env=env, stderr=screen, check=False).returncode == 1
+    line = "launch: rank 0 was ended by SIGKILL (the usual cause: out of memory)"
+    assert (tmp_path / "seen").read_text().splitlines() == [line]
+    assert (tmp_path / "screen").read_text().splitlines() == [line, "connection closed by peer", line]
+
+
 AGENT = """
 import os, sys
 from grpo_mega.launch.supervisor import run_ranks

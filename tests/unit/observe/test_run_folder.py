@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_mega.observe.run_folder import RunFolder, RunState, open_run
+from grpo_mega.observe.run_folder import RunFolder, RunState, checkpoints_to_verify, open_run
 from grpo_mega.observe.summary import Summary, write_summary
 from grpo_mega.types import UserError
 
@@ -287,6 +287,9 @@ def test_resume_never_starts_only_in_a_folder_without_a_run(tmp_path: Path) -> N
     assert open_folder(tmp_path / "run", resume="never").status == "fresh"
     with pytest.raises(UserError, match=r"checkpoint\.resume=never.* step 0"):
         open_folder(tmp_path / "run", resume="never")
+    # before checkpoints are verified, moved aside or copied
+    with pytest.raises(UserError, match=r"checkpoint\.resume=never.* step 0"):
+        checkpoints_to_verify(tmp_path / "run", resolved_config(), overwrite=False, train_steps=20, resume="never")
 
 
 def test_resume_path_starts_a_fresh_run_from_that_checkpoint_and_then_continues_its_own(tmp_path: Path) -> None:

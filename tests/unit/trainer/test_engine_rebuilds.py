@@ -10,7 +10,7 @@ import pytest
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
-from grpo_mega.types import UserError
+from grpo_mega.types import UserError, WeightMismatchError
 
 
 class Recorder:
@@ -19,10 +19,15 @@ class Recorder:
     def __init__(self, limit: int = 2) -> None:
         self.calls: list[str] = []
         self.number, self.fails_to_close, self.fails_to_build, self.fault = 0, False, False, ""
-        self.timers = PhaseTimer()
+        self.timers, self.faults_of_rank_1 = PhaseTimer(), list[str]()
         self.engine = RebuildableEngine(self.make_engine)
         self.rebuilds = EngineRebuilds(self.engine, RebuildableSync(self.make_sync), cast("Any", self), limit,
-                                       self.timers, lambda mine: mine and f"rank 0: {mine}")  # fmt: skip
+                                       self.timers, self.first_fault)  # fmt: skip
+
+    def first_fault(self, mine: str) -> str:
+        """Stand for the ranks: rank 1 has its faults in `faults_of_rank_1`, one per call."""
+        other = self.faults_of_rank_1.pop(0) if self.faults_of_rank_1 else ""
+        return f"rank 0: {mine}" if mine else other and f"rank 1: {other}"
 
     def make_engine(self) -> Any:
         if self.fails_to_build:
@@ -116,3 +121,59 @@ def test_an_engine_that_was_lost_between_two_rollouts_is_rebuilt_before_the_weig
     assert recorder.rebuilds.count == 1
     with pytest.raises(RuntimeError, match=r"it broke; the engines were rebuilt 1 times before"):
         recorder.rebuilds.sample(failing(9, recorder), lambda: None)
+
+
+def test_a_sync_during_which_an_engine_was_lost_is_repeated_with_a_new_engine() -> None:
+    recorder = Recorder(limit=1)
+    recorder.calls.clear()
+
+    def push() -> str:
+        recorder.calls.append("push")
+        if recorder.number == 1:
+            recorder.fault = "SGLang's process 7 exited with code -9"
+            raise WeightMismatchError("weight sync: the engine of rank 0 failed")
+        return "report"
+
+    assert recorder.rebuilds.push(push) == "report"
+    assert recorder.calls == ["push", "offload", "close", "engine 2", "sync", "push"]
+
+
+def test_weights_that_differ_are_an_error_and_no_reason_for_a_new_engine() -> None:
+    recorder = Recorder()
+    recorder.calls.clear()
+
+    def push() -> None:
+        raise WeightMismatchError("weight sync: the digest of x differs")
+
+    with pytest.raises(WeightMismatchError, match="the digest of x differs"):
+        recorder.rebuilds.push(push)
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_a_sync_with_servers_that_failed_on_one_rank_is_repeated_on_all(fails_here: bool) -> None:
+    recorder = Recorder(limit=1)
+    recorder.calls.clear()
+    recorder.faults_of_rank_1 = [] if fails_here else ["bucket 0 did not arrive"]
+
+    def push() -> str:
+        recorder.calls.append("push")
+        if fails_here and recorder.number == 1:
+            raise RuntimeError("bucket 0 did not arrive")
+        return f"report {recorder.number}"
+
+    assert recorder.rebuilds.push_to_servers(push) == "report 2"
+    assert recorder.calls == ["push", "offload", "close", "engine 2", "sync", "push"]
+
+
+@pytest.mark.parametrize("error", [WeightMismatchError, SamplingFailedError])
+def test_errors_that_all_ranks_raise_are_not_repeated_by_a_sync_with_servers(error: type[Exception]) -> None:
+    recorder = Recorder()
+    recorder.calls.clear()
+
+    def push() -> None:
+        raise error("on every rank")
+
+    with pytest.raises(error, match="on every rank"):
+        recorder.rebuilds.push_to_servers(push)
+    assert recorder.calls == []

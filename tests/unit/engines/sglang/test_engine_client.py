@@ -119,20 +119,23 @@ def test_close_ends_the_process_and_its_children_and_may_be_repeated(process: Sg
     assert is_gone(child)
 
 
+@pytest.mark.parametrize("is_call", [False, True])
 @pytest.mark.parametrize("is_child", [False, True])
-def test_a_process_of_sglang_that_stays_stopped_while_it_samples_is_killed_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_child: bool
+def test_a_process_of_sglang_that_stays_stopped_during_a_command_is_killed_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_child: bool, is_call: bool
 ) -> None:
     monkeypatch.setattr(engine_client, "_STOPPED_SECONDS", 0.5)
+    monkeypatch.setattr(engine_client, "_CHECK_SECONDS", 0.1)
     process = start(tmp_path / "log")
     assert process.fault() == ""
     stopped = process.call("child") if is_child else process.pid
     stream = process.stream("stall", beat_seconds=0.1)
-    assert next(stream) is None
+    if not is_call:
+        assert next(stream) is None
     psutil.Process(stopped).suspend()
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match=rf"SGLang's process {stopped} has been stopped .* for 0.5 s during stall"):
-        list(stream)
+        process.call("stall") if is_call else list(stream)
     assert 0.4 < time.monotonic() - begin < 10
     assert is_gone(process.pid)
     process.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grpo_mega.engines.sglang import weight_client
 from grpo_mega.engines.sglang.sink import SglangSink
 from grpo_mega.engines.sglang.staging import Staging, StagingPlace, parts_that_fit
 from grpo_mega.engines.sglang.weight_client import SchedulerGoneError, WeightClient
@@ -273,6 +275,24 @@ def test_a_scheduler_that_dies_during_an_update_is_an_error_with_both_names_and_
             sink.end_update(1)
     assert sink.updating
     assert sink.policy_version == -1
+    assert client.fault().startswith("SGLang's rank 1 (process ")
+    client.close()
+
+
+def test_a_scheduler_that_stays_stopped_is_named_before_the_timeout(
+    other_process: tuple[Any, WeightServerAddress, LoaderRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, address, loader = other_process
+    client = WeightClient(replace(address, process=process.pid), Staging(96, torch.device("cpu")), 3, 60.0)
+    sink = SglangSink(None, (client, loader), SHAPES)
+    sink.begin_update()
+    assert client.fault() == ""
+    monkeypatch.setattr(weight_client, "_STOPPED_SECONDS", 0.5)
+    monkeypatch.setattr(weight_client, "_CHECK_SECONDS", 0.1)
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(SchedulerGoneError, match=r"has been stopped .* for 0.5 s while rank 3 waited for begin"):
+        sink.begin_update()
+    assert "has been stopped" in client.fault()
     client.close()
 
 
