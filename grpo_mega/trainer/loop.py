@@ -278,7 +278,7 @@ def sync_weights(job: TrainerState, state: LoopState) -> SyncReport:
         with paused():
             return push_weights(job, state)
 
-    return job.engines.sample(lambda: job.engines.push_to_servers(push), lambda: send_weights(job, state))
+    return job.engines.sample(push, lambda: send_weights(job, state))
 
 
 def evaluate_if_due(job: TrainerState, state: LoopState) -> None:
