@@ -73,37 +73,42 @@ def recorder() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-_FINISHED_RUNS = frozenset(("quickstart", "four_ranks"))
-"""Fixtures of tests/e2e/conftest.py that several files read."""
-_READERS = tuple(
-    f"test_{name}.py"
-    for name in ("bad_input", "evaluate", "layouts", "quickstart", "report_page_long", "tensorboard_long")
-)
-"""Files of e2e/ that read them, and are one group, so that each run is made once."""
-_TIERS = ("parallel", "e2e", "engine", "unit")
-"""The tiers with the longest groups first, so that no worker starts one at the end of the run."""
+_SHARING = {
+    "e2e/finished runs": ("bad_input", "evaluate", "layouts", "quickstart", "report_page_long", "tensorboard_long"),
+    "e2e/two ranks": ("engine_failure", "listeners", "replay", "resume", "trace"),
+    "engine/two ranks": ("vllm_engine", "weight_sync"),
+    "engine/contract": ("engine_contract", "partial_rollouts", "sglang_exit"),
+}
+"""Groups of files that share session fixtures of their folder's conftest.py, so that each is made once."""
+_FIRST = ("parallel", "e2e/finished runs", "e2e/two ranks", "e2e", "engine/two ranks", "engine/contract", "engine")
+"""Groups and folders with the longest groups first, so that no worker starts one at the end of the run."""
+_OWNED = {"quickstart": "e2e/finished runs", "four_ranks": "e2e/finished runs", "two_ranks": "e2e/two ranks"}
+"""Fixtures that are whole runs, and the group of the files that may use them."""
+_GROUPS = {f"{group.partition('/')[0]}/test_{name}.py": group for group, names in _SHARING.items() for name in names}
 
 
 def _group_of(nodeid: str) -> str:
-    file = Path(nodeid.partition("::")[0])
-    tier = file.parts[1]
-    return tier if tier == "parallel" or (tier == "e2e" and file.name in _READERS) else str(file)
+    """Return "parallel", the group of the file if it shares fixtures with others, or the file itself."""
+    file = Path(*Path(nodeid.partition("::")[0]).parts[1:])
+    return "parallel" if file.parts[0] == "parallel" else _GROUPS.get(str(file), str(file))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests by tier, and require that the readers of a finished run are in one group."""
+    """Order the tests by group, and require that all readers of a finished run are in one group."""
     for item in items:
-        reads = _FINISHED_RUNS & set(getattr(item, "fixturenames", ()))
-        if reads and _group_of(item.nodeid) != "e2e":
-            raise pytest.UsageError(
-                f"{item.nodeid} reads {sorted(reads)}: add its file to _READERS in tests/conftest.py"
-            )
+        for name in _OWNED.keys() & set(getattr(item, "fixturenames", ())):
+            if _group_of(item.nodeid) != _OWNED[name]:
+                raise pytest.UsageError(
+                    f"{item.nodeid} reads {name}: add its file to {_OWNED[name]!r} of _SHARING in tests/conftest.py"
+                )
     items.sort(key=lambda item: _rank_of(_group_of(item.nodeid)))
 
 
-def _rank_of(group: str) -> tuple[int, bool]:
-    tier = group if group in _TIERS else Path(group).parts[1]
-    return _TIERS.index(tier) if tier in _TIERS else len(_TIERS), group != "e2e"
+def _rank_of(group: str) -> int:
+    for name in (group, group.partition("/")[0]):
+        if name in _FIRST:
+            return _FIRST.index(name)
+    return len(_FIRST)
 
 
 class GroupScheduling(LoadScopeScheduling):

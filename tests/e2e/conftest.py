@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import psutil
 import pytest
 
-from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
-from tests.helpers.jobs import QUICKSTART, SMALL, run_job_successfully
+from tests.helpers.finished_runs import QUICKSTART_STEPS, TWO_RANKS, ObservedRun, Run
+from tests.helpers.jobs import QUICKSTART, SMALL, run_job_successfully, running_job
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +47,28 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
         f"run.dir={root / 'run'}",
     )
     return Run(arguments, root / "run", run_job_successfully(*arguments, output=root / "first"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> ObservedRun:
+    """Run TWO_RANKS to its end, with a trace, a profile of step 2, and a watch on the sockets that listen."""
+    root = tmp_path_factory.mktemp("two_ranks")
+    found: set[tuple[str, str]] = set()
+    keys = ("observe.trace=true", "observe.profile_steps=[2]", f"run.dir={root / 'run'}")
+    with running_job([*TWO_RANKS, *keys], root / "log") as job:
+        deadline = time.monotonic() + 300
+        while job.poll() is None and time.monotonic() < deadline:
+            found |= set(_listening(job))
+            time.sleep(0.2)
+        assert job.poll() == 0, (root / "log.err").read_text()[-4000:]
+    return ObservedRun(root / "run", frozenset(found))
+
+
+def _listening(process: psutil.Popen) -> Iterator[tuple[str, str]]:
+    """Yield (program, address) of all listening sockets of a process and its children."""
+    with suppress(psutil.Error):
+        for member in [process, *process.children(recursive=True)]:
+            with suppress(psutil.Error):
+                for each in member.net_connections("inet"):
+                    if each.status == psutil.CONN_LISTEN:
+                        yield " ".join(member.cmdline()[-2:])[:80], each.laddr.ip

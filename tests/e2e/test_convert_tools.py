@@ -9,8 +9,6 @@ import pickle
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_mega.cli.compare_checkpoints import main as compare_checkpoints_tool
+from grpo_mega.cli.hf_to_megatron import main as hf_to_megatron_tool
+from grpo_mega.cli.megatron_to_hf import main as megatron_to_hf_tool
 from grpo_mega.convert.compare import TensorComparison, compare, open_checkpoint
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
@@ -29,9 +30,8 @@ from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.models.digest import digest_text, slice_digest
 from grpo_mega.quantization import block_fp8, mxfp4
 from grpo_mega.types import TensorSlice, UserError
-from tests.helpers.checkpoint_checks import ENVIRONMENT, VOCAB, assert_same_tensors, hf_logits, read_tensors, run_stock
+from tests.helpers.checkpoint_checks import VOCAB, assert_same_tensors, hf_logits, read_tensors, run_stock
 from tests.helpers.family_checkpoints import make_published_mxfp4
-from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model, store_head
 
 MODELS: dict[str, tuple[Any, bool]] = {
@@ -397,26 +397,24 @@ def test_an_output_folder_with_content_is_not_changed(converted_models: Path, tm
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools" / tool), *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_the_tools_return_the_exit_codes_of_their_help(converted_models: Path, tmp_path: Path) -> None:
-    hf = converted_models / "qwen3" / "hf"
-    done = run_tool("hf_to_megatron.py", hf, tmp_path / "megatron", "--json", "--dtype", "bf16")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["tensors"] == len(read_tensors(hf))
-    assert run_tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back", "--dtype", "fp32").returncode == 0
-    finished = run_tool("compare_checkpoints.py", hf, tmp_path / "megatron", "--json")
-    summary = json.loads(finished.stdout.splitlines()[-1])
-    assert finished.returncode == 1, finished.stderr
+def test_the_tools_return_the_exit_codes_of_their_help(
+    converted_models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """test_readme_commands.py starts the tools as processes."""
+    hf, megatron = str(converted_models / "qwen3" / "hf"), str(tmp_path / "megatron")
+    assert hf_to_megatron_tool([hf, megatron, "--json", "--dtype", "bf16"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["tensors"] == len(read_tensors(Path(hf)))
+    assert megatron_to_hf_tool([megatron, str(tmp_path / "back"), "--dtype", "fp32"]) == 0
+    capfd.readouterr()
+    assert compare_checkpoints_tool([hf, megatron, "--json"]) == 1
+    summary = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert 0 < summary["max_abs_difference"] < 0.01
     assert {each["verdict"] for each in summary["different"]} == {"dtype"}
-    wrong = run_tool("hf_to_megatron.py", tmp_path, tmp_path / "out")
-    assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "has no config.json" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+    assert hf_to_megatron_tool([str(tmp_path), str(tmp_path / "out")]) == 2
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "has no config.json" in shown.err
+    assert "Traceback" not in shown.err
 
 
 def test_a_comparison_across_formats_names_the_differences(converted_models: Path, tmp_path: Path) -> None:

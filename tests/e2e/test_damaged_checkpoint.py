@@ -49,6 +49,7 @@ def test_a_run_continues_from_the_checkpoint_before_a_damaged_one_and_repeats_it
     assert [without_times(line) for line in after[:3]] == [without_times(line) for line in before]
 
 
+@pytest.mark.long  # tests/parallel/test_damaged_checkpoints.py has the same without a command
 def test_a_run_without_a_whole_checkpoint_is_an_error_that_names_each(three_steps: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(three_steps, run)
@@ -78,6 +79,7 @@ def test_a_fork_names_its_origin_and_reports_the_accuracy_at_its_start(three_ste
     assert read_json(tmp_path / "fork" / "summary.json")["eval_before"]["num_prompts"] == 8
 
 
+@pytest.mark.long  # test_config_changes.py and test_learning_rate.py of tests/unit/ have the parts
 def test_a_changed_learning_rate_is_used_from_the_next_step_on_and_reported(three_steps: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(three_steps, run)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, run_job, without_times
+from tests.helpers.finished_runs import TWO_RANKS, TWO_RANKS_STEPS, ObservedRun
+from tests.helpers.jobs import read_json, read_lines, rollouts_of, run_job, without_times
 
-KEYS = (*SMALL, "reward.terms=[{name: tests.helpers.failing_engine.exact}]", "run.world_size=2", "train.steps=3")
+KEYS = (*TWO_RANKS, "reward.terms=[{name: tests.helpers.failing_engine.exact}]")
 PARTIAL = (
-    "engine.tp=1",
     "sampling.temperature=2.0",
     "sampling.partial={oversubmit: 1.5, slice_tokens: 2, max_staleness: 4}",
 )
-DP, TP = ("engine.tp=1",), ("parallel.tp=2", "engine.tp=2")
+DP: tuple[str, ...] = ()
+TP = ("parallel.tp=2", "engine.tp=2")
 
 
 @pytest.mark.parametrize(
@@ -28,25 +29,27 @@ DP, TP = ("engine.tp=1",), ("parallel.tp=2", "engine.tp=2")
     ],
 )
 def test_the_engine_is_rebuilt_and_the_run_equals_one_without_the_failure(
-    tmp_path: Path, layout: tuple[str, ...], kind: str, request_number: int, reason: str
+    two_ranks: ObservedRun, tmp_path: Path, layout: tuple[str, ...], kind: str, request_number: int, reason: str
 ) -> None:
-    logs = {}
-    failing = {"FAILING_ENGINE": kind, "FAILING_REQUEST": str(request_number)}
-    for name, env in (("plain", {}), ("failed", failing)):
-        ended = run_job(*KEYS, *layout, f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log", env=env)
-        assert ended.code == 0, ended.stderr[-3000:]
-        logs[name] = "".join(each.read_text() for each in (tmp_path / name / "logs").glob("rank_*"))
-    assert "the engines are rebuilt (1 of 2)" in logs["failed"]
-    assert reason in logs["failed"]
-    assert "the engines are rebuilt" not in logs["plain"]
-    digests = [read_json(tmp_path / name / "summary.json")["policy_digest"] for name in ("plain", "failed")]
+    failed = run(tmp_path / "failed", layout, {"FAILING_ENGINE": kind, "FAILING_REQUEST": str(request_number)})
+    plain = two_ranks.folder if layout == DP else run(tmp_path / "plain", layout, {})
+    logs = ["".join(each.read_text() for each in (folder / "logs").glob("rank_*")) for folder in (plain, failed)]
+    assert "the engines are rebuilt" not in logs[0]
+    assert "the engines are rebuilt (1 of 2)" in logs[1]
+    assert reason in logs[1]
+    digests = [read_json(folder / "summary.json")["policy_digest"] for folder in (plain, failed)]
     assert digests[0] == digests[1]
-    plain, failed = (
-        [without_times(line) for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("plain", "failed")
-    )
-    assert plain == failed
-    for step in (1, 2, 3):
-        assert rollouts_of(tmp_path / "plain", step) == rollouts_of(tmp_path / "failed", step)
+    lines = [[without_times(line) for line in read_lines(folder / "metrics.jsonl")] for folder in (plain, failed)]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == TWO_RANKS_STEPS
+    for step in range(1, TWO_RANKS_STEPS + 1):
+        assert rollouts_of(plain, step) == rollouts_of(failed, step)
+
+
+def run(folder: Path, layout: tuple[str, ...], env: dict[str, str]) -> Path:
+    ended = run_job(*KEYS, *layout, f"run.dir={folder}", output=folder.with_suffix(".log"), env=env)
+    assert ended.code == 0, ended.stderr[-3000:]
+    return folder
 
 
 @pytest.mark.long

@@ -25,6 +25,7 @@ def run_evaluation(checkpoint: Path, *arguments: str, folder: Path = REPOSITORY)
     return dict(json.loads(done.stdout.splitlines()[-1])), done.stderr
 
 
+@pytest.mark.long  # test_first_own_run.py compares the numbers of a smaller run
 def test_a_run_folder_gives_the_numbers_of_the_runs_last_evaluation(quickstart: Run) -> None:
     found, errors = run_evaluation(quickstart.folder)
     expected = read_json(quickstart.folder / "summary.json")["eval_after"]
@@ -33,7 +34,7 @@ def test_a_run_folder_gives_the_numbers_of_the_runs_last_evaluation(quickstart: 
     assert "not the same evaluation" not in errors
 
 
-@pytest.mark.long  # the test above, and test_first_own_run.py, have one replica
+@pytest.mark.long  # test_first_own_run.py has one replica
 def test_a_run_with_replicas_and_a_seed_gives_its_own_numbers_from_any_folder(tmp_path: Path) -> None:
     """The seeds of the samples depend on the run's seed and on the number of its engine replicas."""
     evaluation = (

@@ -119,6 +119,7 @@ def wait_for_rolled_back_step(metrics: Path, process: psutil.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.long  # the first test has a rollback of a whole run, test_resume.py a kill of two ranks
 def test_a_rolled_back_run_that_is_killed_and_continued_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     """Two ranks. Step 5 returns to step 3; the kill is in step 5 of the second attempt, before the next checkpoint."""
     expected, path = tmp_path / "expected", tmp_path / "run"
@@ -146,6 +147,7 @@ def test_a_rolled_back_run_that_is_killed_and_continued_equals_the_uninterrupted
     assert digests[0] == digests[1]
 
 
+@pytest.mark.long  # tests/unit/trainer/test_run_guard.py has the limit, the first test a rollback to a later step
 def test_a_failure_in_the_first_step_returns_to_the_state_before_it_and_the_limit_stops_the_run(tmp_path: Path) -> None:
     path = tmp_path / "run"
     keys = ("guard.rules.non_finite=rollback", "guard.max_rollbacks=0", "train.steps=1")

@@ -82,7 +82,7 @@ def test_machines_that_start_apart_join_in_either_order(checkout: Path, tmp_path
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", f"run.dir={tmp_path / 'run'}")
     envs = machine_environments(2)
     ordered = [envs[first], envs[1 - first]]
-    with running_agents([command] * 2, checkout, tmp_path, ordered, apart=4) as both:
+    with running_agents([command] * 2, checkout, tmp_path, ordered, apart=2) as both:
         for agent in both:
             assert agent.code(180) == 0, agent.screen.read_text()
     ranks = ranks_of(tmp_path / "run")

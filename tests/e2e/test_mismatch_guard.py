@@ -41,11 +41,12 @@ def test_a_wrong_engine_stops_the_run_although_the_sync_was_verified(
     assert "Traceback" not in ended.stderr
 
 
+# tests/unit/trainer/test_mismatch_guard.py has the bounds; the test above has them in a run.
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
         pytest.param("layer_norm", 1, marks=pytest.mark.long),
-        ("stale_layer", 2),
+        pytest.param("stale_layer", 2, marks=pytest.mark.long),
         pytest.param("embedding_row", 1, marks=pytest.mark.long),
         pytest.param("heads", 1, marks=pytest.mark.long),
     ],

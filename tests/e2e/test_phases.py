@@ -6,10 +6,12 @@ Reading a part in a wrong phase ends the process: its memory is freed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.finished_runs import Run
 from tests.helpers.jobs import SMALL, read_json, read_lines, run_job_successfully, without_times
 from tests.helpers.tiny_models import make_family_model
 
@@ -39,25 +41,44 @@ RUNS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "moe"
+    return make_family_model(folder, raw_family_config("qwen3_moe"), router_scale=0.05)
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def moved(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a run that moves its memory to the host."""
+    return run(tmp_path_factory.mktemp("moved") / "run", model, "tests.helpers.plain_rewards:digits", *request.param)
+
+
+def run(folder: Path, model: Path, reward: str, *keys: str) -> Run:
+    arguments = (*SMALL, *EVERYTHING, *keys, f"model.path={model}")
+    own = (f"reward.terms=[{{name: {reward}}}]", f"run.dir={folder}")
+    ended = run_job_successfully(*arguments, *own, output=folder.with_suffix(".log"), timeout_seconds=280)
+    return Run(keys, folder, ended)
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [without_times(line) for line in read_lines(folder / "metrics.jsonl")]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("keys", RUNS)
-def test_all_state_is_read_while_it_is_on_the_device_and_copies_give_the_same_run(
-    tmp_path: Path, keys: tuple[str, ...]
-) -> None:
-    """The second run keeps copies on the host, as CUDA devices do; the first moves its memory."""
-    model = make_family_model(tmp_path / "moe", raw_family_config("qwen3_moe"), router_scale=0.05)
-    runs = {"moved": "tests.helpers.plain_rewards:digits", "copied": "tests.helpers.copied_phases:digits"}
-    for name, reward in runs.items():
-        own = (f"model.path={model}", f"reward.terms=[{{name: {reward}}}]", f"run.dir={tmp_path / name}")
-        run_job_successfully(*SMALL, *EVERYTHING, *keys, *own, output=tmp_path / f"{name}.log", timeout_seconds=280)
-    moved, copied = (
-        [without_times(line) for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("moved", "copied")
-    )
-    assert len(moved) == STEPS
-    assert moved == copied
-    assert all("eval/accuracy" in line for line in moved[:-1])
-    assert all(line["train/ref_kl"] >= 0 for line in moved if "train/ref_kl" in line)
-    digests = [read_json(tmp_path / name / "summary.json")["policy_digest"] for name in ("moved", "copied")]
+def test_all_state_is_read_while_it_is_on_the_device(moved: Run) -> None:
+    lines = metrics_of(moved.folder)
+    assert len(lines) == STEPS
+    assert all("eval/accuracy" in line for line in lines[:-1])
+    assert all(line["train/ref_kl"] >= 0 for line in lines if "train/ref_kl" in line)
+
+
+@pytest.mark.long  # tests/unit/policy/test_phase_offload.py and test_host_memory.py have the copies without a job
+@pytest.mark.timeout(600)
+def test_copies_on_the_host_as_on_cuda_give_the_same_run(moved: Run, model: Path, tmp_path: Path) -> None:
+    copied = run(tmp_path / "copied", model, "tests.helpers.copied_phases:digits", *moved.arguments)
+    folders = (moved.folder, copied.folder)
+    assert metrics_of(moved.folder) == metrics_of(copied.folder)
+    digests = [read_json(folder / "summary.json")["policy_digest"] for folder in folders]
     assert digests[0] == digests[1]
-    exported = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in ("moved", "copied")]
+    exported = [(folder / "hf" / "model.safetensors").read_bytes() for folder in folders]
     assert exported[0] == exported[1]

@@ -1,5 +1,5 @@
 """After SIGKILL, SIGTERM, Ctrl-C or SIGUSR1 the same command continues the run; the result equals the uninterrupted
-run exactly."""
+run (the fixture `two_ranks`) exactly."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import psutil
 import pytest
 
 from tests.helpers.engine_contract import sglang_here
+from tests.helpers.finished_runs import TWO_RANKS as ARGUMENTS
+from tests.helpers.finished_runs import TWO_RANKS_STEPS as STEPS
+from tests.helpers.finished_runs import ObservedRun
 from tests.helpers.jobs import (
-    SMALL,
     kill_when_complete,
     kill_with_children,
     read_json,
@@ -22,24 +24,6 @@ from tests.helpers.jobs import (
     running_job,
     without_times,
 )
-
-STEPS = 4
-ARGUMENTS = (
-    *SMALL,
-    "run.world_size=2",
-    "engine.tp=1",
-    f"train.steps={STEPS}",
-    "checkpoint.every=1",
-    "guard.timeout_seconds=120",
-)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run two data-parallel ranks with one engine each."""
-    root = tmp_path_factory.mktemp("uninterrupted")
-    run_job_successfully(*ARGUMENTS, f"run.dir={root / 'run'}", output=root / "log")
-    return root / "run"
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
@@ -59,14 +43,43 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert (run / exported).read_bytes() == (expected / exported).read_bytes()
 
 
-def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_run(
-    uninterrupted_run: Path, tmp_path: Path
+def test_a_run_that_is_killed_then_stopped_by_sigterm_and_ctrl_c_equals_the_uninterrupted_run(
+    two_ranks: ObservedRun, tmp_path: Path
 ) -> None:
+    """The kill is in the second step; each signal arrives at the begin of a step, which it interrupts or ends."""
     run = tmp_path / "run"
-    kill_when_complete(run, 2, tmp_path / "first", ARGUMENTS)
-    assert not (run / "checkpoints" / f"step_{STEPS:06d}" / "complete").exists(), "it ended before it was killed"
+    kill_when_complete(run, 1, tmp_path / "killed", ARGUMENTS)
     assert read_json(run / "summary.json")["status"] == "interrupted"
-    # Files that a kill in the next step may also leave.
+    stopped_at = len(list((run / "checkpoints").glob("step_*/complete")))
+    assert 1 <= stopped_at <= STEPS - 3, "it was killed too late"
+    leave_partial_files(run)
+    arguments = [*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"]
+    for times, (number, code) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), start=1):
+        output = tmp_path / f"until-{code}"
+        with running_job(arguments, output) as process:
+            wait_for_text(run / "logs" / "rank_00000.log", "checkpoints: every 100 steps", times, process)
+            process.send_signal(number)
+            assert process.wait(180) == code
+        shown = output.with_suffix(".err").read_text()
+        assert "Traceback" not in shown
+        assert "the same command continues" in shown
+        assert "Interrupted after" in shown
+        before, stopped_at = stopped_at, read_json(run / "summary.json")["steps"]
+        assert before <= stopped_at < STEPS
+        assert (run / "checkpoints" / f"step_{stopped_at:06d}" / "complete").is_file()
+        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, stopped_at + 1))
+    run_job_successfully(*arguments, output=tmp_path / "last")
+    assert_same_run(run, two_ranks.folder)
+    (discarded,) = (run / "discarded").iterdir()
+    moved = discarded / "rollouts" / f"step_{STEPS:06d}"
+    assert (moved / "part-00000.parquet").read_bytes() == b"PAR1 damaged"
+    assert not (moved / "part-00001.parquet.tmp").exists()
+    continued = without_times(read_lines(run / "metrics.jsonl")[-1])
+    assert continued["train/grad_norm"] > 0  # the compared values are not all zero
+
+
+def leave_partial_files(run: Path) -> None:
+    """Write files that a kill in a later step may also leave."""
     step = run / "rollouts" / f"step_{STEPS:06d}"
     step.mkdir(exist_ok=True)
     (step / "part-00000.parquet").write_bytes(b"PAR1 damaged")
@@ -74,14 +87,6 @@ def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_r
     (run / "checkpoints" / "step_000003.tmp").mkdir(exist_ok=True)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
-    run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
-    assert_same_run(run, uninterrupted_run)
-    (discarded,) = (run / "discarded").iterdir()
-    moved = discarded / "rollouts" / step.name
-    assert (moved / "part-00000.parquet").read_bytes() == b"PAR1 damaged"
-    assert not (moved / "part-00001.parquet.tmp").exists()
-    continued = without_times(read_lines(run / "metrics.jsonl")[-1])
-    assert continued["train/grad_norm"] > 0  # the compared values are not all zero
 
 
 @pytest.mark.long
@@ -99,32 +104,6 @@ def test_a_killed_and_continued_run_with_sglang_equals_the_uninterrupted_run_and
     assert_same_run(run, expected)
 
 
-def test_a_run_that_sigterm_and_ctrl_c_stop_in_a_step_continues_and_equals_the_uninterrupted_run(
-    uninterrupted_run: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    arguments = [*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"]
-    stopped_at = 0
-    loop_begins = "checkpoints: every 100 steps"
-    for number, code, text, times in ((signal.SIGTERM, 143, " 1/4 ", 1), (signal.SIGINT, 130, loop_begins, 2)):
-        output = tmp_path / f"until-{code}"
-        with running_job(arguments, output) as process:
-            wait_for_text(run / "logs" / "rank_00000.log", text, times, process)
-            process.send_signal(number)
-            assert process.wait(180) == code
-        shown = output.with_suffix(".err").read_text()
-        assert "Traceback" not in shown
-        assert "the same command continues" in shown
-        assert "Interrupted after" in shown
-        before, stopped_at = stopped_at, read_json(run / "summary.json")["steps"]
-        assert before <= stopped_at < STEPS
-        assert (run / "checkpoints" / f"step_{stopped_at:06d}" / "complete").is_file()
-        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, stopped_at + 1))
-    run_job_successfully(*arguments, output=tmp_path / "last")
-    assert not (run / "discarded").exists()
-    assert_same_run(run, uninterrupted_run)
-
-
 def wait_for_text(file: Path, text: str, times: int, process: psutil.Popen) -> None:
     """Wait until the file contains the text so many times."""
     deadline = time.monotonic() + 400
@@ -136,7 +115,7 @@ def wait_for_text(file: Path, text: str, times: int, process: psutil.Popen) -> N
 
 @pytest.mark.long
 def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run(
-    uninterrupted_run: Path, tmp_path: Path
+    two_ranks: ObservedRun, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with running_job([*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"], tmp_path / "first") as process:
@@ -153,13 +132,13 @@ def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run
     assert read_json(run / "summary.json")["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
-    assert_same_run(run, uninterrupted_run)
+    assert_same_run(run, two_ranks.folder)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_killed_at_random_moments_until_it_finishes_equals_the_uninterrupted_run(
-    uninterrupted_run: Path, tmp_path: Path, seed: int
+    two_ranks: ObservedRun, tmp_path: Path, seed: int
 ) -> None:
     """Kill and continue a run; each attempt gets more time than the one before, so that the run ends."""
     rng = random.Random(seed)
@@ -176,4 +155,4 @@ def test_a_run_killed_at_random_moments_until_it_finishes_equals_the_uninterrupt
             assert code == 0, (tmp_path / f"attempt-{kills}.err").read_text()[-3000:]
             break
     assert kills > 0
-    assert_same_run(run, uninterrupted_run)
+    assert_same_run(run, two_ranks.folder)

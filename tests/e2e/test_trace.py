@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.cli import trace
-from tests.helpers.jobs import SMALL, run_job_successfully
+from tests.helpers.finished_runs import ObservedRun
 from tests.helpers.traces import check_trace
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run of two steps, of which the second has a profile."""
-    root = tmp_path_factory.mktemp("traced")
-    keys = ("run.world_size=2", "train.steps=2", "train.minibatches_per_epoch=1", "checkpoint.export_hf=false")
-    keys += ("observe.trace=true", "observe.profile_steps=[2]", f"run.dir={root / 'run'}")
-    run_job_successfully(*SMALL, *keys, output=root / "log")
-    return root / "run"
+def traced(two_ranks: ObservedRun) -> Path:
+    """Return the folder of a run with a trace, whose second step has a profile."""
+    return two_ranks.folder
 
 
 def test_the_trace_has_phases_collectives_and_sampling_of_all_ranks(traced: Path) -> None:

@@ -6,15 +6,10 @@ Each engine runs with one rank.
 from __future__ import annotations
 
 import pickle
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 from unittest import mock
 
-import psutil
 import pytest
 import torch
 
@@ -24,72 +19,20 @@ from grpo_mega.models.digest import slice_digest
 from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.types import Completion, Prompt, SamplingOptions, TensorSlice
 from tests.helpers.engine_contract import (
+    COLOCATED,
     ENDS,
+    ONLY_SGLANG,
     PROMPTS,
     SAMPLING,
-    SETTINGS,
     generate,
     greedy_answer,
     kept_by,
     largest_log_prob_error,
-    make_contract_models,
     push,
-    sglang_here,
     text_of,
     tokens,
 )
-from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
-from tests.helpers.servers import serving, write_config
-
-Kind = Literal["vllm", "sglang", "server"]
-SETTINGS_OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stop_texts": True, "timeout_seconds": 200.0}}
-_SGLANG = [pytest.param("sglang", marks=sglang_here)]
-COLOCATED = pytest.mark.parametrize("opened", ["vllm", *_SGLANG], indirect=True, scope="module")
-ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Make the models; engines are built from `config`, which has no weights."""
-    root = tmp_path_factory.mktemp("models")
-    found = make_contract_models(root)
-    found["config"] = Path(
-        shutil.copytree(root / "qwen3", root / "config", ignore=shutil.ignore_patterns("*.safetensors"))
-    )
-    return found
-
-
-def keep_requests_in_the_scheduler(_session: RankSession) -> None:
-    """Start SGLang's processes with the command `while_running` (tests/helpers/sglang_process_with_faults.py)."""
-    from grpo_mega.engines.sglang import engine_client
-
-    engine_client._HOST_MODULE = "tests.helpers.sglang_process_with_faults"
-
-
-@pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=sglang_here), "server"])
-def opened(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
-) -> Iterator[EngineRanks]:
-    kind: Kind = request.param
-    folder = tmp_path_factory.mktemp(f"{kind}-rank")
-
-    with ExitStack() as stack:
-        ranks = stack.enter_context(engine_ranks(1, folder, keep_requests_in_the_scheduler))
-        if kind == "server":
-            sizes = {key: SETTINGS[key] for key in ("max_model_len", "max_num_seqs")}
-            config = write_config(folder / "config.yaml", models["config"], **sizes)
-            server = stack.enter_context(serving([str(config)], folder / "server"))
-            ranks.open(models["config"], tp=1, kind=kind, urls=(server.url,), config=config)
-        else:
-            ranks.open(models["config"], tp=1, kind=kind, **SETTINGS, **SETTINGS_OF_KIND[kind])
-        yield ranks
-
-
-@pytest.fixture
-def engine(opened: EngineRanks, models: dict[str, Path]) -> EngineRanks:
-    """The engine with the weights of `qwen3`, version 0."""
-    opened.call(push, models["qwen3"], 0)
-    return opened
+from tests.helpers.engine_ranks import EngineRanks, RankSession
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -201,7 +144,7 @@ def test_penalties_and_biases_change_greedy_answers_as_worked_from_the_logits(
         assert found != tokens(engine.call(generate, PROMPTS, greedy)[0])
 
 
-@pytest.mark.parametrize("opened", ["vllm", "server"], indirect=True, scope="module")
+@pytest.mark.parametrize("opened", ["vllm", "server"], indirect=True)
 def test_a_repetition_penalty_counts_the_tokens_of_the_prompt(engine: EngineRanks, models: dict[str, Path]) -> None:
     greedy, options = replace(SAMPLING, group_size=1, temperature=0.0), SamplingOptions(repetition_penalty=2.0)
     found = tokens(engine.call(generate, PROMPTS, replace(greedy, options=options))[0])
@@ -209,7 +152,7 @@ def test_a_repetition_penalty_counts_the_tokens_of_the_prompt(engine: EngineRank
     assert found != tokens(engine.call(generate, PROMPTS, greedy)[0])
 
 
-@pytest.mark.parametrize("opened", ["vllm", "server"], indirect=True, scope="module")
+@pytest.mark.parametrize("opened", ["vllm", "server"], indirect=True)
 def test_bad_words_are_not_sampled(engine: EngineRanks) -> None:
     def texts(options: SamplingOptions) -> str:
         groups = engine.call(generate, PROMPTS, replace(SAMPLING, options=options))[0]
@@ -381,7 +324,7 @@ def test_an_engine_that_slept_samples_as_before_after_a_sync_and_not_earlier(
     assert engine.call(sleep_twice, models["qwen3"], True) == [True]
 
 
-@pytest.mark.parametrize("opened", ["server"], indirect=True, scope="module")
+@pytest.mark.parametrize("opened", ["server"], indirect=True)
 def test_an_engine_server_samples_after_wake_as_before_sleep(engine: EngineRanks, models: dict[str, Path]) -> None:
     assert engine.call(sleep_twice, models["qwen3"], False) == [True]
 
@@ -485,37 +428,3 @@ def run_while_the_scheduler_has_a_request(session: RankSession) -> list[int]:
 def test_commands_wait_until_the_schedulers_are_idle(engine: EngineRanks) -> None:
     """A completion arrives before the scheduler is idle; SGLang ends its processes if it must release memory then."""
     assert engine.call(run_while_the_scheduler_has_a_request) == [[80, 80, 80]]
-
-
-def kill_scheduler_during_an_update(session: RankSession, folder: Path) -> tuple[list[str], list[int]]:
-    """Kill a scheduler before the end of an update; return the error messages and the processes that are left."""
-    host = psutil.Process(session.engine._process.pid)
-    members = [host, *host.children(recursive=True)]
-    (scheduler,) = [each for each in members if "scheduler" in " ".join(each.cmdline())]
-    push(session, folder, 1, end=False)
-    scheduler.kill()
-    messages = []
-    for _ in range(2):
-        with pytest.raises(RuntimeError) as caught:
-            session.engine.sink.end_update(1)
-        messages.append(str(caught.value))
-    with pytest.raises(RuntimeError, match="before the weights are complete"):
-        session.engine.generate(PROMPTS, SAMPLING)
-    psutil.wait_procs(members, timeout=10)
-    session.engine.close()
-    session.engine, session.opened = None, None
-    return messages, [each.pid for each in members if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-
-
-@ONLY_SGLANG
-def test_sglang_that_dies_during_an_update_is_an_error_and_leaves_no_process(
-    engine: EngineRanks, models: dict[str, Path]
-) -> None:
-    """This is the last test, because it ends the engine."""
-    ((messages, left),) = engine.call(kill_scheduler_during_an_update, models["other"])
-    assert left == []
-    for message in messages:
-        assert "SGLang" in message
-        assert "exited" in message
-        assert "rank 0" in message
-    assert "the end of " in messages[0]

@@ -44,7 +44,8 @@ CASES = {
     "sglang-mixtral": Case("sglang", "mixtral", {}, [0, 1, 2]),
     "sglang-glm4_moe": Case("sglang", "glm4_moe", {}, [1, 2]),
 }
-LONG = ("vllm-glm4_moe", "sglang-mixtral", "sglang-glm4_moe")
+# The records of both engines are read by the same code; vLLM's Qwen3-MoE is in the default tier.
+LONG = ("vllm-glm4_moe", "sglang-qwen3_moe", "sglang-mixtral", "sglang-glm4_moe")
 # The second and the third prompt share two blocks of the prefix cache, and so do the members of each group.
 HEADER = tuple(2 + (3 * j + j * j) % 18 for j in range(70))
 PROMPTS = [

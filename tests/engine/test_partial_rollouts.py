@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from grpo_mega.rollout.open_rollout import OpenRollout
 from grpo_mega.rollout.slices import SliceSampler
 from grpo_mega.types import Prompt, SamplingRequest
-from tests.helpers.engine_contract import (
-    ENDS,
-    PROMPTS,
-    SETTINGS,
-    generate,
-    make_contract_models,
-    push,
-    sglang_here,
-    text_of,
-)
-from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
+from tests.helpers.engine_contract import COLOCATED, ENDS, PROMPTS, generate, push, text_of
+from tests.helpers.engine_ranks import EngineRanks, RankSession
 
 Parts = list[list[tuple[list[int], list[float], int]]]
 REQUEST = SamplingRequest(group_size=1, temperature=1.0, max_tokens=20, seed=5)
 GREEDY = replace(REQUEST, temperature=0.0)
 MANY = [Prompt(i, "", p.token_ids[:9], "") for i, p in enumerate(PROMPTS * 4)]
 SLICE = 6
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_contract_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=sglang_here)])
-def engine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
-) -> Iterator[EngineRanks]:
-    more = {} if request.param == "vllm" else {"stop_texts": True, "timeout_seconds": 200.0}
-    with engine_ranks(1, tmp_path_factory.mktemp("rank")) as ranks:
-        ranks.open(models["qwen3"], tp=1, kind=request.param, **SETTINGS, **more)
-        yield ranks
 
 
 def begin(session: RankSession, prompts: list[Prompt]) -> None:
@@ -78,8 +52,8 @@ def log_probs(folder: Path, prompt: Prompt, tokens: list[int]) -> torch.Tensor:
 _MODELS: dict[Path, Any] = {}
 
 
-def test_slices_of_greedy_answers_are_the_whole_answers(engine: EngineRanks, models: dict[str, Path]) -> None:
-    engine.call(push, models["qwen3"], 0)
+@COLOCATED
+def test_slices_of_greedy_answers_are_the_whole_answers(engine: EngineRanks) -> None:
     wanted = [group[0].token_ids.tolist() for group in engine.call(generate, PROMPTS, GREEDY)[0]]
     engine.call(begin, PROMPTS)
     found = engine.call(sample, GREEDY, 4)[0]
@@ -87,6 +61,7 @@ def test_slices_of_greedy_answers_are_the_whole_answers(engine: EngineRanks, mod
     assert max(len(parts) for parts in found) > 1, "an answer has several slices"
 
 
+@COLOCATED
 def test_after_a_sync_the_new_weights_continue_the_answers(engine: EngineRanks, models: dict[str, Path]) -> None:
     """Log-probs are those of the weights of each part, given all tokens before: no cache of the old weights is read."""
     runs = []

@@ -31,7 +31,7 @@ from tests.helpers.engine_contract import (
     push,
     tokens,
 )
-from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
+from tests.helpers.engine_ranks import EngineRanks, RankSession
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.tiny_models import make_family_model, make_tiny_model
 
@@ -47,12 +47,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama": make_tiny_model(folder / "llama", family="llama", num_key_value_heads=1),
         "experts": make_family_model(folder / "experts", raw_family_config("qwen3_moe", moe_intermediate_size=64)),
     }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
-    with engine_ranks(2, tmp_path_factory.mktemp("ranks")) as ranks:
-        yield ranks
 
 
 @pytest.fixture
@@ -254,51 +248,6 @@ def test_tp_2_samples_the_tokens_of_tp_1(world: EngineRanks, models: dict[str, P
     assert tokens(answers[0]) == tokens(answers[1])
 
 
-def sample_shards(
-    session: RankSession, shards: list[list[Prompt]], late: int | None
-) -> tuple[list[list[Completion]], int]:
-    """Sample each rank's prompt shard, the second with longer completions; also return the number of dummy batches.
-
-    `late` is a rank whose callback is slow.
-    """
-    request = replace(SAMPLING, group_size=4, seed=session.rank, max_tokens=(8, 24)[session.rank])
-    core = session.engine._llm.engine_core
-    with mock.patch.object(core, "execute_dummy_batch", wraps=core.execute_dummy_batch) as dummies:
-        groups = session.engine.generate(
-            shards[session.rank], request, lambda *_: time.sleep(0.05 if session.rank == late else 0.0)
-        )
-    return groups, dummies.call_count
-
-
-def sleep_and_wake_all(session: RankSession, folder: Path) -> None:
-    session.engine.sleep()
-    session.engine.wake("weights")
-    push(session, folder, 0)
-    session.engine.wake("kv_cache")
-
-
-@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_data_parallel_ranks_share_experts_and_step_together_for_any_prompt_shards(
-    world: EngineRanks, models: dict[str, Path], ep: int
-) -> None:
-    """With ep=1 each expert is split over both ranks."""
-    world.open(models["experts"], tp=1, dp=2, ep=ep, **SETTINGS)
-    world.call(push, models["experts"], 0)
-    uneven, one_sided = [PROMPTS[:4], PROMPTS[4:]], [PROMPTS[:2], []]
-    answers = world.call(sample_shards, uneven, None)
-    alone = world.call(sample_shards, one_sided, None)
-    for shard, (groups, _) in zip([*uneven, *one_sided], [*answers, *alone], strict=True):
-        assert largest_log_prob_error(models["experts"], shard, groups, 1.0) <= 2e-5
-    longest = [[max(len(c.token_ids) for group in found for c in group) if found else 0 for found, _ in two]
-               for two in (answers, alone)]  # fmt: skip
-    assert longest[0][1] > 8 >= longest[0][0]
-    assert [dummies for _, dummies in answers] == [longest[0][1] - longest[0][0], 0]
-    assert [dummies for _, dummies in alone] == [0, longest[1][0]]
-    world.call(sleep_and_wake_all, models["experts"])
-    for late in (0, 1):
-        assert world.call(sample_shards, uneven, late) == answers
-
-
 @pytest.mark.parametrize(("name", "head"), [
     ("qwen3", "lm_head.weight"),
     ("qwen3-tied", "model.embed_tokens.weight"),
@@ -377,6 +326,51 @@ def test_no_shared_memory_outlives_a_killed_job(world: EngineRanks, models: dict
             pytest.skip("vLLM's kernels for this processor share no memory: they do with AVX-512")
         assert len(mapped) >= 2  # its own segment and the other rank's
         assert all(name.endswith("(deleted)") for name in mapped)
+
+
+def sample_shards(
+    session: RankSession, shards: list[list[Prompt]], late: int | None
+) -> tuple[list[list[Completion]], int]:
+    """Sample each rank's prompt shard, the second with longer completions; also return the number of dummy batches.
+
+    `late` is a rank whose callback is slow.
+    """
+    request = replace(SAMPLING, group_size=4, seed=session.rank, max_tokens=(8, 24)[session.rank])
+    core = session.engine._llm.engine_core
+    with mock.patch.object(core, "execute_dummy_batch", wraps=core.execute_dummy_batch) as dummies:
+        groups = session.engine.generate(
+            shards[session.rank], request, lambda *_: time.sleep(0.05 if session.rank == late else 0.0)
+        )
+    return groups, dummies.call_count
+
+
+def sleep_and_wake_all(session: RankSession, folder: Path) -> None:
+    session.engine.sleep()
+    session.engine.wake("weights")
+    push(session, folder, 0)
+    session.engine.wake("kv_cache")
+
+
+@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_data_parallel_ranks_share_experts_and_step_together_for_any_prompt_shards(
+    world: EngineRanks, models: dict[str, Path], ep: int
+) -> None:
+    """With ep=1 each expert is split over both ranks."""
+    world.open(models["experts"], tp=1, dp=2, ep=ep, **SETTINGS)
+    world.call(push, models["experts"], 0)
+    uneven, one_sided = [PROMPTS[:4], PROMPTS[4:]], [PROMPTS[:2], []]
+    answers = world.call(sample_shards, uneven, None)
+    alone = world.call(sample_shards, one_sided, None)
+    for shard, (groups, _) in zip([*uneven, *one_sided], [*answers, *alone], strict=True):
+        assert largest_log_prob_error(models["experts"], shard, groups, 1.0) <= 2e-5
+    longest = [[max(len(c.token_ids) for group in found for c in group) if found else 0 for found, _ in two]
+               for two in (answers, alone)]  # fmt: skip
+    assert longest[0][1] > 8 >= longest[0][0]
+    assert [dummies for _, dummies in answers] == [longest[0][1] - longest[0][0], 0]
+    assert [dummies for _, dummies in alone] == [0, longest[1][0]]
+    world.call(sleep_and_wake_all, models["experts"])
+    for late in (0, 1):
+        assert world.call(sample_shards, uneven, late) == answers
 
 
 def test_an_engine_receives_engine_args_and_restores_its_process_on_close(

@@ -30,6 +30,11 @@ sglang_here = pytest.mark.skipif(
     torch.cuda.is_available(), reason="compares SGLang in fp32; tests/gpu/test_sglang_on_gpu.py is for CUDA"
 )
 
+# The fixture `opened` of tests/engine/conftest.py, for tests that not every engine can pass.
+_SGLANG = [pytest.param("sglang", marks=sglang_here)]
+COLOCATED = pytest.mark.parametrize("opened", ["vllm", *_SGLANG], indirect=True)
+ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True)
+
 
 def make_contract_models(root: Path) -> dict[str, Path]:
     """Make two models that differ in their weights; `qwen3` has two EOS tokens and a token of two characters."""

@@ -97,7 +97,7 @@ LONG_MOE = (
     Layout(4, tp=2, cp=2, sequence_parallel=SP, ep=4, more=(("recompute", "full"),)),
     Layout(8, tp=2, pp=2, cp=2, sequence_parallel=SP, ep=2),
 )
-# variants of a family that runs in all layouts; a variant runs in these few
+# variants of a family that runs in all layouts; a variant runs in few, all of them in the long tier
 VARIANTS = ("llama-linear-rope", "qwen2-tied", "qwen3-moe-sparse", "deepseek-dense")
 FEW_DENSE, FEW_MOE = LONG_DENSE[-3:], LONG_MOE[-3:]
 
@@ -105,10 +105,12 @@ FEW_DENSE, FEW_MOE = LONG_DENSE[-3:], LONG_MOE[-3:]
 def layouts_of(name: str, *, quick: bool) -> tuple[Layout, ...]:
     """Return the layouts of a model in the quick suite, or all its other layouts."""
     few = name in VARIANTS
+    if few:
+        return () if quick else (DEEP_DENSE, *FEW_DENSE) if name in DENSE else (DEEP_MOE, *FEW_MOE)
     if name in DENSE:
-        return (DEEP_DENSE,) if quick else FEW_DENSE if few else LONG_DENSE
+        return (DEEP_DENSE,) if quick else LONG_DENSE
     wide = (WIDE_MOE,) if quick == (name in QUICK_WIDE) else ()
-    found = (DEEP_MOE, *wide) if quick else (*wide, *(FEW_MOE if few else LONG_MOE))
+    found = (DEEP_MOE, *wide) if quick else (*wide, *LONG_MOE)
     # the experts of gpt-oss cannot be split by expert tensor parallelism
     return found if name != "gpt-oss" else tuple(replace(layout, etp=1) for layout in found)
 

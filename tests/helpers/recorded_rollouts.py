@@ -110,11 +110,11 @@ DEEP_LAYOUTS = (
     Layout(2, cp=2),
     Layout(4, tp=2, cp=2, sequence_parallel=True),
     Layout(4, pp=2, cp=2, more=OVERLAP),
-    Layout(8, tp=2, pp=2, cp=2),
     Layout(4, pp=2, vpp=2, more=OVERLAP),
 )
 MODULES = (("recompute", "selective"), ("recompute_modules", ("core_attn", "mlp", "layernorm")))
 LONG_LAYOUTS = (
+    Layout(8, tp=2, pp=2, cp=2),
     Layout(4, cp=4),
     Layout(6, cp=3, more=(("recompute", "full"),)),
     Layout(8, tp=2, cp=2, more=(*OVERLAP, *MODULES)),

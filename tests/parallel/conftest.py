@@ -15,6 +15,7 @@ from tests.helpers.recorded_rollouts import (
     DEEP_LAYOUTS,
     LAYOUTS,
     LONG_LAYOUTS,
+    ONE,
     VOCAB,
     Layout,
     RankRecord,
@@ -44,8 +45,22 @@ MODELS = {
     "llama": Tiny("llama"),
     "deep": Tiny("qwen3", tied=True, num_layers=4, with_results=True),
 }
-CASES = [(name, layout) for name in MODELS for layout in (DEEP_LAYOUTS if name == "deep" else LAYOUTS)]
-_LONG = [pytest.param("deep", layout, marks=pytest.mark.long) for layout in LONG_LAYOUTS]
+# Layouts of the default tier; the long tier has the others. Qwen2 and Llama differ from Qwen3 in parts of a layer that
+# only tensor parallelism splits, and a tied head in the stages that hold it.
+_LAYOUTS_OF = {
+    "qwen3": LAYOUTS,
+    "qwen3-tied": (ONE, Layout(2, tp=2, sequence_parallel=True), Layout(2, pp=2)),
+    "qwen2": (ONE, Layout(2, tp=2)),
+    "llama": (ONE, Layout(2, tp=2)),
+    "deep": DEEP_LAYOUTS,
+}
+CASES = [(name, layout) for name, layouts in _LAYOUTS_OF.items() for layout in layouts]
+_LONG = [
+    pytest.param(name, layout, marks=pytest.mark.long)
+    for name, layouts in _LAYOUTS_OF.items()
+    for layout in (LONG_LAYOUTS if name == "deep" else LAYOUTS)
+    if layout not in layouts
+]
 every_case = pytest.mark.parametrize(("model", "layout"), [*CASES, *_LONG], ids=str)
 
 

@@ -45,7 +45,7 @@ TP2PP2, DP2, TP2 = Layout(4, tp=2, pp=2), Layout(2), Layout(2, tp=2)
         ("qwen3-tied", TP2PP2, ONE, "fp32"),
         ("qwen3-tied", TP2PP2, ONE, "bf16"),
         ("qwen3-tied", DP2, TP2, "fp32"),
-        ("qwen3-tied", DP2, TP2, "bf16"),
+        pytest.param("qwen3-tied", DP2, TP2, "bf16", marks=pytest.mark.long),
         ("deep", PP2VPP2, PP2, "fp32"),
         ("deep", PP2, PP2VPP2, "fp32"),
         ("deep", CP2, ONE, "fp32"),

@@ -46,12 +46,13 @@ NUM_UPDATES = 2
 SHARED = (  # sequence and context parallelism split the input of the value head
     ("qwen3-tied", Layout(2, tp=2, sequence_parallel=True)),
     ("qwen3-tied", Layout(2, pp=2)),
-    ("qwen3", Layout(8, tp=2, pp=2)),
+    ("qwen3", Layout(4, tp=2)),
     ("deep", Layout(4, tp=2, cp=2, sequence_parallel=True)),
 )
 LONG = (
     ("qwen2", Layout(2, tp=2)),
     ("llama", Layout(2)),
+    ("qwen3", Layout(8, tp=2, pp=2)),
     ("deep", Layout(2, cp=2)),
     ("deep", Layout(2, pp=2, vpp=2, more=(("overlap_grad_reduce", True), ("overlap_param_gather", True)))),
     ("deep", Layout(8, tp=2, pp=2, cp=2)),

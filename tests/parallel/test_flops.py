@@ -20,7 +20,7 @@ from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.flops import attention_flops, weights_per_token
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import Microbatch
-from tests.helpers.family_updates import FAMILY_MODELS
+from tests.helpers.family_updates import FAMILY_MODELS, VARIANTS
 from tests.helpers.ranks import RankPool
 from tests.helpers.recorded_rollouts import LOSS, ONE, Recorded, open_policy, sample_groups
 from tests.helpers.tiny_models import make_family_model
@@ -93,7 +93,10 @@ def square_of_the_kernel(spec: ModelSpec) -> int:
     return 2 * spec.num_layers * SEQUENCES * spec.num_heads * LENGTH * (LENGTH + sink) * (2 * key + sink)
 
 
-@pytest.mark.parametrize("name", FAMILY_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] if name in VARIANTS else []) for name in FAMILY_MODELS],
+)
 def test_the_formulas_count_what_the_modules_compute(name: str, rank_pool: RankPool, tmp_path: Path) -> None:
     config = FAMILY_MODELS[name] | {"vocab_size": 64}
     model = make_family_model(tmp_path / name, config, seed=1)

@@ -91,7 +91,8 @@ LAYOUTS = [
     ("qwen3", ONE),
     ("qwen3", Layout(2)),
     ("qwen3-tied", Layout(2, tp=2, sequence_parallel=True)),
-    ("deep", Layout(8, tp=2, pp=2, cp=2)),
+    ("deep", Layout(4, tp=2, cp=2, sequence_parallel=True)),
+    pytest.param("deep", Layout(8, tp=2, pp=2, cp=2), marks=pytest.mark.long),
     ("deep", Layout(4, pp=2, vpp=2, more=OVERLAP)),
 ]
 

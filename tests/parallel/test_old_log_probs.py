@@ -34,7 +34,8 @@ from tests.helpers.recorded_rollouts import (
 )
 from tests.parallel.conftest import Laboratory
 
-LAYOUTS = [ONE, Layout(4, tp=2, pp=2), Layout(4, pp=2, vpp=2, cp=2, more=OVERLAP)]
+LAYOUTS = [ONE, Layout(4, pp=2, vpp=2, cp=2, more=OVERLAP)]
+LONG = [pytest.param(Layout(4, tp=2, pp=2), marks=pytest.mark.long)]
 
 
 def job_and_batch(
@@ -70,7 +71,7 @@ def run(
     return stats, old.by_rollout(), shard_digests(job.policy)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *LONG], ids=str)
 def test_updates_are_bit_equal_to_those_after_a_pass_over_all_minibatches(
     laboratory: Laboratory, layout: Layout
 ) -> None:

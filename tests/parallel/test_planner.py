@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # pytest's own process stays free of Megatron
 
 EXACT, ACTIVATIONS = 0.01, 0.10  # relative
 MUON = Case("MoE ep2 bf16 muon", "moe", 2, dtype="bf16", parallel={"ep": 2}, optimizer={"name": "muon"})
-SHORT = ("dense pp2 vpp2", "MoE tp2 ep2 sp", "MLA tp2 pp2 sp", MUON.name)
+SHORT = ("dense pp2 vpp2", "MLA tp2 pp2 sp", MUON.name)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ DENSE = (
     Layout(2, cp=2),
     Layout(2, pp=2, vpp=2),
     Layout(4, pp=2, more=OVERLAP),
-    Layout(8, tp=2, pp=2, cp=2),
+    pytest.param(Layout(8, tp=2, pp=2, cp=2), marks=pytest.mark.long),
 )
 EXPERTS = (ONE, Layout(2, ep=2), Layout(4, tp=2, pp=2, ep=2, sequence_parallel=True))
 

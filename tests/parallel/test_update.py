@@ -374,7 +374,7 @@ def run_without_swaps(rank: int, recorded: Recorded, layout: Layout) -> list[Upd
         ("qwen3-tied", ONE, "fp32"),
         ("qwen3-tied", ONE, "bf16"),
         ("qwen3-tied", Layout(4, tp=2), "fp32"),
-        ("qwen3-tied", Layout(4, tp=2), "bf16"),
+        pytest.param("qwen3-tied", Layout(4, tp=2), "bf16", marks=pytest.mark.long),
         ("deep", Layout(4, pp=2, vpp=2, cp=2, more=OVERLAP), "fp32"),
     ],
     ids=str,

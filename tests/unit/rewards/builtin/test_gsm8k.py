@@ -147,22 +147,21 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("completion", "reference"), RIGHT)
-def test_a_right_answer_scores_one_in_any_spelling(completion: str, reference: str) -> None:
-    assert gsm8k("", completion, reference) == 1.0
-    assert gsm8k("", completion, f"Some <<1+1=2>>2 steps.\n#### {reference}") == 1.0
+def test_a_right_answer_scores_one_in_any_spelling() -> None:
+    for completion, reference in RIGHT:
+        assert gsm8k("", completion, reference) == 1.0, completion
+        assert gsm8k("", completion, f"Some <<1+1=2>>2 steps.\n#### {reference}") == 1.0, completion
 
 
-@pytest.mark.parametrize(("completion", "reference"), RIGHT)
-def test_a_right_answer_to_another_question_scores_zero(completion: str, reference: str) -> None:
-    (value,) = reference_answer(reference)
-    assert gsm8k("", completion, str(value + 1)) == 0.0
-    assert gsm8k("", completion, str(value * 10 + 7)) == 0.0
+def test_a_right_answer_to_another_question_scores_zero() -> None:
+    for completion, reference in RIGHT:
+        (value,) = reference_answer(reference)
+        assert gsm8k("", completion, str(value + 1)) == 0.0, completion
+        assert gsm8k("", completion, str(value * 10 + 7)) == 0.0, completion
 
 
-@pytest.mark.parametrize(("completion", "reference"), WRONG)
-def test_a_wrong_or_hedged_answer_scores_zero(completion: str, reference: str) -> None:
-    assert gsm8k("", completion, reference) == 0.0
+def test_a_wrong_or_hedged_answer_scores_zero() -> None:
+    assert [pair for pair in WRONG if gsm8k("", *pair) != 0.0] == []
 
 
 def test_the_marker_is_preferred_to_the_box_and_the_box_to_the_last_number() -> None:

@@ -5,8 +5,6 @@ The pairs were written by hand.
 
 from __future__ import annotations
 
-import pytest
-
 from grpo_mega.rewards.builtin.gsm8k import gsm8k
 
 # Several answers, expressions, bounds, denials, wrong separators, numerals of other kinds, answers in the thought.
@@ -560,14 +558,12 @@ RIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("completion", "reference"), WRONG)
-def test_a_completion_that_does_not_name_the_one_answer_scores_zero(completion: str, reference: str) -> None:
-    assert gsm8k("", completion, reference) == 0.0
+def test_a_completion_that_does_not_name_the_one_answer_scores_zero() -> None:
+    assert [pair for pair in WRONG if gsm8k("", *pair) != 0.0] == []
 
 
-@pytest.mark.parametrize(("completion", "reference"), RIGHT)
-def test_a_completion_that_names_the_one_answer_scores_one(completion: str, reference: str) -> None:
-    assert gsm8k("", completion, reference) == 1.0
+def test_a_completion_that_names_the_one_answer_scores_one() -> None:
+    assert [pair for pair in RIGHT if gsm8k("", *pair) != 1.0] == []
 
 
 def test_an_answer_in_a_thought_that_the_prompt_opened_does_not_count() -> None:

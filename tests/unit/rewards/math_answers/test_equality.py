@@ -43,19 +43,27 @@ KNOWN_FALSE_NEGATIVES = [
 ]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['completion']} for {row['answer']}")
-def test_an_answer_is_graded_as_labeled(row: dict[str, Any]) -> None:
-    assert math("", row["completion"], row["answer"]) == row["right"]
+def wrongly_graded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if math("", row["completion"], row["answer"]) != row["right"]]
 
 
-@pytest.mark.parametrize("row", COMPLETIONS, ids=lambda row: f"{row['completion']} for {row['answer']}")
-def test_the_final_answer_of_a_completion_is_graded_as_labeled(row: dict[str, Any]) -> None:
-    assert math("", row["completion"], row["answer"]) == row["right"]
+def test_every_answer_is_graded_as_labeled() -> None:
+    assert len(ROWS) > 1800
+    assert wrongly_graded(ROWS) == []
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['completion']} for {row['answer']}")
-def test_a_strict_reward_grades_boxes_in_the_same_way(row: dict[str, Any]) -> None:
-    assert math("", f"We compute.\n\nSo {row['completion']}.", row["answer"], strict=True) == row["right"]
+def test_the_final_answer_of_every_completion_is_graded_as_labeled() -> None:
+    assert len(COMPLETIONS) > 2900
+    assert wrongly_graded(COMPLETIONS) == []
+
+
+def test_a_strict_reward_grades_boxes_in_the_same_way() -> None:
+    wrong = []
+    for row in ROWS:
+        completion = f"We compute.\n\nSo {row['completion']}."
+        if math("", completion, row["answer"], strict=True) != row["right"]:
+            wrong.append(row)
+    assert wrong == []
 
 
 @pytest.mark.parametrize(("completion", "reference"), KNOWN_FALSE_NEGATIVES)
@@ -65,7 +73,7 @@ def test_these_right_answers_are_not_recognized_yet(completion: str, reference: 
 
 def test_the_shared_cases_are_graded_as_labeled(cases_dir: Path) -> None:
     rows = [json.loads(line) for line in (cases_dir / "math.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row for row in rows if math("", row["completion"], row["answer"]) != row["right"]] == []
+    assert wrongly_graded(rows) == []
 
 
 @pytest.mark.parametrize(
