@@ -47,7 +47,7 @@ TP2PP2, DP2, TP2 = Layout(4, tp=2, pp=2), Layout(2), Layout(2, tp=2)
         ("qwen3-tied", DP2, TP2, "fp32"),
         pytest.param("qwen3-tied", DP2, TP2, "bf16", marks=pytest.mark.long),
         ("deep", PP2VPP2, PP2, "fp32"),
-        ("deep", PP2, PP2VPP2, "fp32"),
+        pytest.param("deep", PP2, PP2VPP2, "fp32", marks=pytest.mark.long),
         ("deep", CP2, ONE, "fp32"),
     ],
     ids=str,

@@ -90,8 +90,8 @@ def updated_weights(rank: int, recorded: Recorded, layout: Layout) -> list[dict[
 LAYOUTS = [
     ("qwen3", ONE),
     ("qwen3", Layout(2)),
-    ("qwen3-tied", Layout(2, tp=2, sequence_parallel=True)),
     ("deep", Layout(4, tp=2, cp=2, sequence_parallel=True)),
+    pytest.param("qwen3-tied", Layout(2, tp=2, sequence_parallel=True), marks=pytest.mark.long),
     pytest.param("deep", Layout(8, tp=2, pp=2, cp=2), marks=pytest.mark.long),
     ("deep", Layout(4, pp=2, vpp=2, more=OVERLAP)),
 ]
@@ -130,7 +130,7 @@ def test_experts_and_latent_attention_are_updated_the_same_in_every_layout(famil
 @pytest.mark.parametrize(
     ("model", "layout", "other", "dtype"),
     [
-        ("qwen3", Layout(2), Layout(2, tp=2), "bf16"),
+        pytest.param("qwen3", Layout(2), Layout(2, tp=2), "bf16", marks=pytest.mark.long),
         ("qwen3-tied", Layout(4, tp=2, pp=2), Layout(2), "fp32"),
     ],
     ids=str,

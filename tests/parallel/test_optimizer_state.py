@@ -59,7 +59,7 @@ def staged_by_a_save(rank: int, recorded: Recorded, layout: Layout, upstream: bo
     return Staged(sum(each.nbytes for each in held), sum(each.data.nbytes for each in tensors), sum(copies), gathered)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("model", "layout"),
     [("qwen3-tied", Layout(4, tp=2, pp=2)), ("qwen3", Layout(2)), ("qwen3", Layout(4, tp=2))],

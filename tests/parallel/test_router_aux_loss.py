@@ -38,8 +38,6 @@ MOE = (("recompute", "selective"), ("recompute_modules", ("moe",)))
 CASES = [
     ("qwen3-moe", ONE),
     ("qwen3-moe", Layout(2, tp=2, sequence_parallel=True)),
-    ("qwen3-moe", Layout(2, ep=2)),
-    ("qwen3-moe", Layout(2, cp=2)),
     ("deepseek-v3", Layout(4, pp=2, cp=2, ep=2, more=MOE)),
     ("replayed", Layout(2, tp=2, sequence_parallel=True, more=FULL)),
     *(
@@ -52,6 +50,8 @@ CASES = [
         )
         if model != "replayed" or layout.vpp == 1
     ),
+    pytest.param("qwen3-moe", Layout(2, ep=2), marks=pytest.mark.long),
+    pytest.param("qwen3-moe", Layout(2, cp=2), marks=pytest.mark.long),
     pytest.param("mixtral", ONE, marks=pytest.mark.long),
     pytest.param("gpt-oss", Layout(2, cp=2), marks=pytest.mark.long),
 ]

@@ -24,16 +24,20 @@ from tests.helpers.tiny_models import make_family_model
 from tests.parallel.conftest import Laboratory
 
 EXAMPLES = random_examples(11, VOCAB, seed=3)
+# test_update.py has the layouts of the same policy in the default tier
 DENSE = (
     ONE,
-    Layout(2),
     Layout(2, tp=2, sequence_parallel=True),
-    Layout(2, cp=2),
-    Layout(2, pp=2, vpp=2),
     Layout(4, pp=2, more=OVERLAP),
-    pytest.param(Layout(8, tp=2, pp=2, cp=2), marks=pytest.mark.long),
+    *(
+        pytest.param(layout, marks=pytest.mark.long)
+        for layout in (Layout(2), Layout(2, cp=2), Layout(2, pp=2, vpp=2), Layout(8, tp=2, pp=2, cp=2))
+    ),
 )
-EXPERTS = (ONE, Layout(2, ep=2), Layout(4, tp=2, pp=2, ep=2, sequence_parallel=True))
+EXPERTS = (
+    Layout(4, tp=2, pp=2, ep=2, sequence_parallel=True),
+    *(pytest.param(layout, marks=pytest.mark.long) for layout in (ONE, Layout(2, ep=2))),
+)
 
 
 @pytest.fixture(scope="module")
