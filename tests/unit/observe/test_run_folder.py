@@ -311,6 +311,13 @@ def test_resume_path_survives_overwrite_of_the_folder_it_lies_in(tmp_path: Path)
     assert state.checkpoint == tmp_path / "run.old-1" / "checkpoints" / "step_000005"
 
 
+def test_a_fork_whose_origin_has_reached_train_steps_is_an_error_with_the_steps_to_use(tmp_path: Path) -> None:
+    origin = save_checkpoint(open_folder(tmp_path / "source").folder, 3)
+    with pytest.raises(UserError, match=r"checkpoint\.resume=.*step_000003 is at step 3.*use train\.steps=5"):
+        open_folder(tmp_path / "fork", resume=str(origin), steps=2)
+    assert not (tmp_path / "fork").exists()
+
+
 def test_resume_path_must_be_complete_and_the_newest_of_its_own_run(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "run").folder
     older, torn = save_checkpoint(folder, 5), save_checkpoint(folder, 6, complete=False)
