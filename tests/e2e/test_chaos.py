@@ -12,7 +12,7 @@ from tests.helpers.chaos_runs import disturb
 
 @pytest.mark.timeout(600)
 def test_a_disturbed_run_ends_as_the_undisturbed_run(tmp_path: Path) -> None:
-    """SIGKILL of the launcher of two ranks; test_resume.py has the other signals, and test_partial_rollouts.py a kill."""
+    """SIGKILL of the launcher of two ranks; test_resume.py has the other signals."""
     lines = disturb(tmp_path / "table", "--number", "1", "--seed", "2", "--only", "TP2 vLLM", seconds=550)
     assert lines[-1] == "1 of 1 ended as the undisturbed run and left nothing behind"
     assert "complete before the signal" not in "".join(lines)  # it was disturbed
