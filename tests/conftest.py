@@ -80,8 +80,11 @@ _SHARING = {
     "engine/contract": ("engine_contract", "partial_rollouts", "sglang_exit"),
 }
 """Groups of files that share session fixtures of their folder's conftest.py, so that each is made once."""
-_FIRST = ("parallel", "e2e/finished runs", "e2e/two ranks", "e2e", "engine/two ranks", "engine/contract", "engine")
-"""Groups and folders with the longest groups first, so that no worker starts one at the end of the run."""
+_FIRST = (
+    *("parallel", "e2e/finished runs", "e2e/two ranks", "e2e", "engine/two ranks", "engine/contract", "engine"),
+    *("unit/tools/test_gpu_rehearsal.py", "unit/policy/test_local_modules_on_cuda.py", "unit/rewards/test_pool.py"),
+)
+"""Groups, folders and files with the longest ones first, so that no worker starts one at the end of the run."""
 _OWNED = {"quickstart": "e2e/finished runs", "four_ranks": "e2e/finished runs", "two_ranks": "e2e/two ranks"}
 """Fixtures that are whole runs, and the group of the files that may use them."""
 _GROUPS = {f"{group.partition('/')[0]}/test_{name}.py": group for group, names in _SHARING.items() for name in names}
