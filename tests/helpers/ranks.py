@@ -27,6 +27,7 @@ _PRELOADED = [
     "grpo_mega.trainer.batch",
     "grpo_mega.checkpoint.manager",
     "grpo_mega.models.digest",
+    "tests.helpers.frozen_imports",  # the last one
 ]
 
 
