@@ -28,7 +28,7 @@ def main() -> int:
     print("| model | layout | logits | log-probs | gradient | weights | |\n|---|---|---|---|---|---|---|")
     missed = 0
     with tempfile.TemporaryDirectory(prefix="families_") as folder:
-        pool = RankPool(Path(folder))
+        pool = RankPool()
         laboratory = FamilyLaboratory(pool, Path(folder))
         for name in args.models or FAMILY_MODELS:
             for layout in (*layouts_of(name, quick=True), *(() if args.quick else layouts_of(name, quick=False))):

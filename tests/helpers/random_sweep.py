@@ -23,7 +23,7 @@ def main() -> int:
     first, last = map(int, sys.argv[1:])
     missed = []
     with tempfile.TemporaryDirectory(prefix="sweep_") as folder:
-        pool = RankPool(Path(folder))
+        pool = RankPool()
         for seed in range(first, last + 1):
             config, world, parallel = random_case(seed)
             layout = ",".join(f"{k}={v}" for k, v in parallel.model_dump(exclude_defaults=True).items())

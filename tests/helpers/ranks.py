@@ -14,10 +14,10 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from grpo_mega.parallel.loopback import open_store
 from tests.helpers.rank_processes import RankProcess, collect_answers, end_ranks
 
 MAX_RANKS = 8
@@ -38,11 +38,11 @@ class RankPool:
     process group and returns the results.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` holds the rendezvous store of each call."""
-        self._folder = folder
+    def __init__(self) -> None:
         self._ranks: list[RankProcess] = []
         self._num_calls = 0
+        # Ranks that wait for a file ask every 10 ms, in each of the dozens of groups of a layout.
+        self._store = open_store("127.0.0.1", 0, timeout_seconds=60.0)
         # each spawned rank would import torch and Megatron: several seconds and 300 MB per rank
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOADED)
@@ -63,9 +63,9 @@ class RankPool:
         while len(self._ranks) < world:
             self._ranks.append(self._start())
         self._num_calls += 1
-        store = self._folder / f"store_{self._num_calls}"
+        place = (self._store.port, f"call {self._num_calls}")
         for rank, member in enumerate(self._ranks[:world]):
-            member.connection.send((rank, world, str(store), function, args, timeout_seconds))
+            member.connection.send((rank, world, place, function, args, timeout_seconds))
         answers = collect_answers(self._ranks[:world], timeout_seconds)
         if answers.failures:
             self.close(kill=True)
@@ -101,12 +101,12 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            rank, world, store, function, args, timeout_seconds = connection.recv()
+            rank, world, place, function, args, timeout_seconds = connection.recv()
         except EOFError:
             sys.stdout.flush()
             os._exit(0)  # skip the slow unloading of torch and Megatron
         try:
-            _join(rank, world, store, timeout_seconds)
+            _join(rank, world, place, timeout_seconds)
             answer = False, function(rank, *args)
         except BaseException:  # any error is reported to the test
             answer = True, traceback.format_exc()
@@ -116,16 +116,13 @@ def _serve(connection: Connection) -> None:
             _leave()
 
 
-def _join(rank: int, world: int, store: str, timeout_seconds: float) -> None:
+def _join(rank: int, world: int, place: tuple[int, str], timeout_seconds: float) -> None:
+    """Join a process group; `place` is the port of the pool's store, and the prefix of this call in it."""
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    (port, prefix), timeout = place, timedelta(seconds=timeout_seconds)
+    store = dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timeout))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _leave() -> None:

@@ -112,8 +112,8 @@ def _plant_negative_zeros(model: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
-    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+def rank_pool() -> Iterator[RankPool]:
+    pool = RankPool()
     yield pool
     pool.close()
 
