@@ -23,5 +23,6 @@ for argument in "$@"; do
     if [[ $argument == --all ]]; then selection=(); else arguments+=("$argument"); fi
 done
 cd "$here/.."
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import thousands of modules, and each would compile them again
 # Two workers; which tests stay together, and in what order they start, is in tests/conftest.py.
 exec python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
