@@ -53,7 +53,7 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch, build_batch
-from grpo_mega.trainer.mismatch import Comparison, Differences
+from grpo_mega.trainer.mismatch import ComparedTokens, Differences
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.rollout_parts import shard_columns
@@ -252,7 +252,7 @@ def measure_step() -> dict[str, Any]:
     transfer = RolloutTransfer(case.collectives)
     old = groups.tokens.on_loss_tokens(groups.tokens.sampler_log_probs + np.float32(1e-3))
     differences = Differences.of(groups.tokens, old)
-    MismatchGuard(0.5, "bench").check(1, Comparison(differences, groups.table), case.collectives.gather, "")
+    MismatchGuard(0.5, "bench").check(1, ComparedTokens(differences, groups.table), case.collectives.gather, "")
     done("mismatch")
     of_tokens = token_metrics(differences, groups, batch, transfer)
     done("metrics of tokens and texts")

@@ -33,7 +33,7 @@ from grpo_mega.cli.exit_codes import errors_as_exit_codes
 from grpo_mega.observe.rollout_files.reader import read_rows, steps_of
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.trainer.mismatch import Comparison, Differences
+from grpo_mega.trainer.mismatch import ComparedTokens, Differences
 from grpo_mega.trainer.mismatch_guard import AUTO, EngineMismatchError, MismatchGuard
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
 
@@ -134,12 +134,12 @@ def rollouts_of(folder: Path) -> tuple[list[Rollout], list[list[float]]]:
     return rollouts, olds
 
 
-def compare(rollouts: Sequence[Rollout], olds: Sequence[Sequence[float]]) -> Comparison:
+def compare(rollouts: Sequence[Rollout], olds: Sequence[Sequence[float]]) -> ComparedTokens:
     """Compare the loss tokens of recorded rollouts."""
     groups = SampledGroups.of(rollouts, 1)
     old = groups.tokens.on_loss_tokens(groups.tokens.sampler_log_probs)
     old = old.with_values(np.concatenate([np.array(row) for row in olds]))
-    return Comparison(Differences.of(groups.tokens, old), groups.table)
+    return ComparedTokens(Differences.of(groups.tokens, old), groups.table)
 
 
 def quantile(ordered: Sequence[float], fraction: float) -> float:

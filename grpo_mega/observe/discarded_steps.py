@@ -104,3 +104,12 @@ def _line_step(metrics: Path, lines: Sequence[bytes], number: int) -> int | None
         raise UserError(
             f"{metrics}:{number + 1} is not a JSON object with a key `step`", remedy="repair or remove the line"
         ) from error
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a folder to the first free name NAME.old-1, NAME.old-2, ..., and return that path."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(target)
+    return target

@@ -18,7 +18,7 @@ import yaml
 
 from grpo_mega.observe.atomic_files import TEMPORARY_SUFFIX, write_atomically
 from grpo_mega.observe.config_changes import ConfigChange, compare_configs, record_changes
-from grpo_mega.observe.discarded_steps import DiscardedSteps, set_aside_after
+from grpo_mega.observe.discarded_steps import DiscardedSteps, move_aside, set_aside_after
 from grpo_mega.observe.rollbacks import Rollbacks, read_rollbacks
 from grpo_mega.observe.summary import Summary, read_summary
 from grpo_mega.types import UserError
@@ -246,7 +246,7 @@ def open_run(
     moved_to = None
     exists = _holds_run(folder)
     if exists and overwrite:
-        moved_to = _move_aside(path)
+        moved_to = move_aside(path)
         exists = False
     if not exists:
         return _start_new(folder, resolved, resume, train_steps, moved_to)
@@ -363,14 +363,6 @@ def _require_resumable(folder: RunFolder, step: int, resume: str) -> None:
             remedy="to go back, remove the later checkpoints, also those in checkpoint.local_dir, and use auto, or "
             "start in another run.dir",
         )
-
-
-def _move_aside(path: Path) -> Path:
-    number = 1
-    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    path.rename(target)
-    return target
 
 
 def _write_config(folder: RunFolder, resolved: Mapping[str, Any]) -> None:

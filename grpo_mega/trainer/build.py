@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from grpo_mega.checkpoint.export_hf import export_hf
-from grpo_mega.checkpoint.manager import LoopState
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.row_plan import RolloutCost
@@ -133,8 +133,7 @@ def building(
             critic = _make_critic(config, spec, model_folder, phases, ranks)
             checkpoints, local = make_managers(config, spec, run.folder, phases, critic, ranks, prompts)
             stack.callback(checkpoints.close)
-            state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
-            state = with_changed_kl(state.over(prompts.digest, same_run=run.status == "continued"), run.changes)
+            state = _first_state(checkpoints, policy, run, prompts)
             engine = phases.start_engine(lambda: make_rebuildable_engine(config, model_folder, run.folder.logs, stack))
             with phases.reading_weights():
                 sync = RebuildableSync(lambda: make_sync(config, policy, engine, ranks))
@@ -143,13 +142,8 @@ def building(
             sampler, groups = make_source(config, engine, workers, collectives, timers, model_folder, answers, prompts)
         evaluator = make_evaluator(config, sampler, held_out, collectives)
         shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, spec, writer, model_folder)
-        observer = make_observer(shown, ranks, stack, own_work(policy, ranks, critic, answers))
         _note(progress, explain_batch(config, ranks.topology))
         cost, transfer, background = rollout_cost(spec), RolloutTransfer(collectives), background_of(groups, stack)
-        mismatch_guard = MismatchGuard.of(config, has_experts=spec.moe is not None)
-        probe = None
-        if background is not None and mismatch_guard.bound is not None:
-            probe = EngineProbe.of(engine, config, transfer, cost, timers)
         job = TrainerState(
             config=config,
             ranks=ranks,
@@ -163,15 +157,15 @@ def building(
             saves=make_saves(config, ranks, checkpoints, stops, timers, progress, writer, local),
             evaluator=evaluator if held_out is not None else None,
             timers=timers,
-            observer=observer,
+            observer=make_observer(shown, ranks, stack, own_work(policy, ranks, critic, answers)),
             guard=RunGuard(config.guard, ranks),
             is_right=evaluator.is_right,
-            mismatch_guard=mismatch_guard,
+            mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
             transfer=transfer,
             cost=cost,
             trace=trace,
             background=background,
-            probe=probe,
+            probe=None if background is None else EngineProbe.of(engine, config, transfer, cost, timers),
         )
         yield BuiltJob(job, run, model_folder, state, policy, writer, Rollbacker.of(job, run, checkpoints, spec))
 
@@ -179,6 +173,14 @@ def building(
 def rollout_cost(spec: ModelSpec) -> RolloutCost:
     """Return the operations of the forward pass over a rollout, by which the work of ranks and rows is balanced."""
     return RolloutCost(linear=2 * weights_per_token(spec).total, quadratic=attention_flops(spec, [1]))
+
+
+def _first_state(
+    checkpoints: CheckpointManager, policy: MegatronPolicy, run: RunState, prompts: PromptDataset
+) -> LoopState:
+    """Load the checkpoint from which the run starts, if there is one, and return the state of the loop. Collective."""
+    state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
+    return with_changed_kl(state.over(prompts.digest, same_run=run.status == "continued"), run.changes)
 
 
 def _make_critic(

@@ -22,7 +22,7 @@ from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.rollout.sampler import Generator, Sampler
 from grpo_mega.trainer.batch import rows_of_plan
-from grpo_mega.trainer.mismatch import Comparison, Differences
+from grpo_mega.trainer.mismatch import ComparedTokens, Differences
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Reward, SamplingRequest, TokenValues
 
@@ -104,7 +104,7 @@ class EngineProbe:
         prompts = groups.prompts[: max(NUM_PROMPTS, self.transfer.ranks.topology.num_prompt_shards)]
         return self.sampler.sample(prompts, request, ("probe", self.config.run.seed, step))
 
-    def compare(self, policy: Policy, sampled: SampledGroups) -> Comparison:
+    def compare(self, policy: Policy, sampled: SampledGroups) -> ComparedTokens:
         """Compute the policy's log-probs of the answers. Collective.
 
         Args:
@@ -137,4 +137,4 @@ class EngineProbe:
         log_probs = policy.log_probs(rows)
         found: TokenValues | None = None if log_probs is None else unpack(log_probs, rows)
         old = transfer.to_samplers(found, table, plan.trainer)
-        return Comparison(Differences.of(sampled.tokens, old), table)
+        return ComparedTokens(Differences.of(sampled.tokens, old), table)

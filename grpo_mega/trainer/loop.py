@@ -26,7 +26,7 @@ from grpo_mega.rollout.sampled_groups import SampledGroups
 from grpo_mega.trainer.engine_probe import EngineProbe
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableSync
 from grpo_mega.trainer.learning import learn, mean_advantages
-from grpo_mega.trainer.mismatch import Comparison, Differences
+from grpo_mega.trainer.mismatch import ComparedTokens, Differences
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
@@ -136,20 +136,26 @@ def train_step(job: TrainerState, state: LoopState, step: int) -> LoopState:
     return state
 
 
-def compare(groups: SampledGroups, old_log_probs: TokenValues) -> Comparison:
+def compare(groups: SampledGroups, old_log_probs: TokenValues) -> ComparedTokens:
     """Compare policy and engine on the tokens that the present weights sampled, of the rollouts of this rank."""
     version = None if groups.carry is None else groups.carry.policy_version
-    return Comparison(Differences.of(groups.tokens, old_log_probs, version), groups.table)
+    return ComparedTokens(Differences.of(groups.tokens, old_log_probs, version), groups.table)
 
 
-def probe_engine(job: TrainerState, state: LoopState, groups: SampledGroups, step: int) -> Comparison | None:
+def probe_engine(job: TrainerState, state: LoopState, groups: SampledGroups, step: int) -> ComparedTokens | None:
     """Compare policy and engine on new samples; None if the step has enough tokens of the present weights. Collective.
+
+    Args:
+        job: objects of this rank.
+        state: before the step.
+        groups: of the step.
+        step: its number.
 
     Raises:
         RuntimeError: see `EngineRebuilds.sample`.
     """
     probe, background = job.probe, job.background
-    if probe is None or background is None or not probe.is_needed(groups):
+    if probe is None or background is None or job.mismatch_guard.bound is None or not probe.is_needed(groups):
         return None
 
     def sample() -> SampledGroups:

@@ -126,7 +126,7 @@ class Differences:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedTokens:
     """Tokens of which policy and engine are compared in a step.
 
     `differences` are those of the rollouts that this rank sampled, and `table` has all rollouts, equal on every rank.

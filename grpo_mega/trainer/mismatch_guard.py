@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grpo_mega.config.schema import Config
-from grpo_mega.trainer.mismatch import Comparison
+from grpo_mega.trainer.mismatch import ComparedTokens
 from grpo_mega.trainer.run_guard import GuardStopError
 
 AUTO = {"fp32": 1e-2, "bf16": 0.5}
@@ -90,7 +90,7 @@ class MismatchGuard:
     def check(
         self,
         step: int,
-        compared: Comparison,
+        compared: ComparedTokens,
         gather: Callable[[NDArray[np.float64]], NDArray[np.float64]],
         passed: str,
     ) -> None:

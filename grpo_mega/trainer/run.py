@@ -78,26 +78,7 @@ def run_job(
                 _print_finished(run, ranks)
                 return
             configure_logging(rank, coordinates, run.folder.logs)
-            if run.checkpoint is not None:
-                log.info(
-                    "%s from %s: step %d of %d is complete, %d remain",
-                    "continuing" if run.status == "continued" else "starting a new run",
-                    run.checkpoint,
-                    run.step,
-                    config.train.steps,
-                    config.train.steps - run.step,
-                )
-            if run.discarded is not None:
-                made = run.discarded.steps
-                log.info(
-                    "metrics and rollouts of %d later steps (%d to %d) are in %s: these steps are made again",
-                    len(made),
-                    made[0],
-                    made[-1],
-                    run.discarded.folder,
-                )
-            for change in run.changes:
-                log.info("from step %d on: %s=%s (%s before)", run.step + 1, change.key, change.now, change.before)
+            _log_start(run, config.train.steps)
             with _building(config, ranks, run, folder, data, held_out, stops) as built:
                 try:
                     built.run()
@@ -106,6 +87,30 @@ def run_job(
                     raise
     finally:
         dist.destroy_process_group()
+
+
+def _log_start(run: RunState, steps: int) -> None:
+    """Log from which checkpoint the run starts, what was moved away, and which keys have changed."""
+    if run.checkpoint is not None:
+        log.info(
+            "%s from %s: step %d of %d is complete, %d remain",
+            "continuing" if run.status == "continued" else "starting a new run",
+            run.checkpoint,
+            run.step,
+            steps,
+            steps - run.step,
+        )
+    if run.discarded is not None:
+        made = run.discarded.steps
+        log.info(
+            "metrics and rollouts of %d later steps (%d to %d) are in %s: these steps are made again",
+            len(made),
+            made[0],
+            made[-1],
+            run.discarded.folder,
+        )
+    for change in run.changes:
+        log.info("from step %d on: %s=%s (%s before)", run.step + 1, change.key, change.now, change.before)
 
 
 def _has_remote_servers(config: Config) -> bool:

@@ -21,7 +21,7 @@ from grpo_mega.rewards.math_answers.variants import with_variants
 
 MAX_ANSWER_CHARACTERS = 2000
 _CHOICES = frozenset("ABCDEFGH")
-_JOINING = frozenset(("or", "and", "nor", "not", "but", "if", "unless", "maybe", "perhaps", "possibly", "alternatively"))
+_JOINING = frozenset(("or", "and", "nor", "not", "but", "if", "unless", "maybe", "perhaps", "possibly"))
 
 
 def is_right(answer: str, reference: str) -> bool:

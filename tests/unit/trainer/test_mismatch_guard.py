@@ -13,7 +13,7 @@ import pytest
 from grpo_mega.config.schema import Config
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampled_groups import SampledGroups
-from grpo_mega.trainer.mismatch import Comparison, Differences
+from grpo_mega.trainer.mismatch import ComparedTokens, Differences
 from grpo_mega.trainer.mismatch_guard import EngineMismatchError, MismatchGuard
 from grpo_mega.trainer.rollout_transfer import RolloutTransfer
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
@@ -29,7 +29,7 @@ def rollout(log_probs: list[float], mask: tuple[bool, ...] | None = None, versio
 def check(guard: MismatchGuard, step: int, rollouts: list[Rollout], old: Sequence[list[float]], passed: str) -> None:
     """Check rollouts of one prompt on one rank."""
     groups = SampledGroups.of(rollouts, len(rollouts))
-    compared = Comparison(Differences.of(groups.tokens, token_values(old)), groups.table)
+    compared = ComparedTokens(Differences.of(groups.tokens, token_values(old)), groups.table)
     guard.check(step, compared, lambda array: array[None], passed)
 
 
@@ -52,7 +52,7 @@ def test_ranks_add_their_tokens_and_name_the_worst_of_all() -> None:
         off = -2.0 - rank / 4
         old = replace(token_values([[off, off, -1.0], [-2.0]]), ids=np.array(sorted(own)))
         with pytest.raises(EngineMismatchError, match="4 of 6 tokens exceed") as raised:
-            guard.check(1, Comparison(Differences.of(groups.tokens, old), groups.table), collectives.gather, "")
+            guard.check(1, ComparedTokens(Differences.of(groups.tokens, old), groups.table), collectives.gather, "")
         messages.append(str(raised.value))
 
     on_ranks(Topology(2), of_rank)
