@@ -54,13 +54,13 @@ def group_texts(
         order: the groups that are shown. Only their rollouts become Python objects.
         token_texts: returns the texts of tokens; None: tokens are not shown.
     """
-    found: dict[str, str] = {}
-    for position, group in enumerate(order):
-        for part in parts:
-            places = np.flatnonzero(part.group == group)
-            if places.size:
-                found[f"groups/{position}"] = render_group(rows_of(part.take(places)), token_texts)
-    return found
+    rows: dict[int, list[RolloutRow]] = {}
+    for part in parts:
+        places = np.flatnonzero(np.isin(part.group, order))
+        for row in rows_of(part.take(places)) if places.size else ():
+            rows.setdefault(row["group"], []).append(row)
+    shown = [(position, rows[group]) for position, group in enumerate(order) if group in rows]
+    return {f"groups/{position}": render_group(of_group, token_texts) for position, of_group in shown}
 
 
 def render_group(rows: Sequence[RolloutRow], token_texts: TokenTexts | None) -> str:

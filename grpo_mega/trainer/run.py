@@ -80,6 +80,8 @@ def run_job(
             configure_logging(rank, coordinates, run.folder.logs)
             _log_start(run, config.train.steps)
             with _building(config, ranks, run, folder, data, held_out, stops) as built:
+                gc.collect()
+                gc.freeze()  # imports and the job live until the end: later collections need not examine them
                 try:
                     built.run()
                 except Stopped:
