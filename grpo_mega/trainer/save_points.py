@@ -6,14 +6,19 @@ Asserted by tests/unit/trainer/test_save_points.py and tests/e2e/test_resume.py.
 
 from __future__ import annotations
 
+import logging
+
 from grpo_mega.checkpoint.local_copies import LocalSaves
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.interfaces import Policy
 from grpo_mega.observe.background_writer import BackgroundWriter
+from grpo_mega.observe.log import FILE_ONLY
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import Stopped, StopRequests, largest_on_all
+
+log = logging.getLogger(__name__)
 
 
 class SavePoints:
@@ -58,6 +63,7 @@ class SavePoints:
         self._saved_step = state.step
         self._delete_local()
         self._stops.training_starts()
+        log.info("training starts after step %d: a stop request is now a save", state.step, extra=FILE_ONLY)
 
     def save_now(self, policy: Policy, state: LoopState) -> None:
         """Save `state`, and wait until the checkpoint is visible."""

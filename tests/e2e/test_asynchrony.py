@@ -59,7 +59,7 @@ def test_a_server_samples_while_the_policy_trains(server: RunningServer, tmp_pat
     assert 0 < max(line["rollout/staleness_max"] for line in lines) <= 2 * UPDATES
     # the mismatch guard compares the tokens of the present weights with the policy: those of other weights differ
     assert all(line["train/mismatch_max"] < 1e-3 for line in lines)
-    assert all(line["train/mismatch_tokens"] >= 32 for line in lines), "of the step's rollouts or of new samples"
+    assert all(line["train/mismatch_tokens"] >= 8 for line in lines), "of the step's rollouts or of new samples"
     several = [row["policy_versions"] for step in range(2, STEPS + 1) for row in rollouts_of(run, step)]
     several = [versions for versions in several if versions is not None]
     assert several, "an answer continues after a weight sync"

@@ -54,10 +54,10 @@ def test_a_run_that_is_killed_then_stopped_by_sigterm_and_ctrl_c_equals_the_unin
     assert 1 <= stopped_at <= STEPS - 3, "it was killed too late"
     leave_partial_files(run)
     arguments = [*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"]
-    for times, (number, code) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), start=1):
+    for starts, (number, code) in enumerate(((signal.SIGTERM, 143), (signal.SIGINT, 130)), start=2):
         output = tmp_path / f"until-{code}"
         with running_job(arguments, output) as process:
-            wait_for_text(run / "logs" / "rank_00000.log", "checkpoints: every 100 steps", times, process)
+            wait_for_text(run / "logs" / "rank_00000.log", "training starts after step", starts, process)
             process.send_signal(number)
             assert process.wait(180) == code
         shown = output.with_suffix(".err").read_text()
