@@ -29,6 +29,9 @@ def obey(prompt, completion, reference):
     """Behave as the completion requests."""
     what, _, argument = completion.partition(" ")
     if what == "sleep": time.sleep(float(argument))
+    if what == "mark":
+        open(f"{argument}.{os.getpid()}", "x").close()
+        time.sleep(1)
     if what == "await":
         while not os.path.exists(argument): time.sleep(0.01)
         open(f"{argument}.{reference}", "x").close()
@@ -312,17 +315,16 @@ def test_a_worker_that_is_killed_while_idle_is_replaced_without_a_failure() -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
-def test_a_scoring_whose_worker_another_program_ends_is_made_again_once(number: signal.Signals) -> None:
+def test_a_scoring_whose_worker_another_program_ends_is_made_again_once(tmp_path: Path, number: signal.Signals) -> None:
     with RewardPool([OBEY], workers=1, timeout_seconds=2.0) as pool:
         for times in (1, 2):
-            for key, text in enumerate(["sleep 1", "fine"]):
+            mark = tmp_path / f"in_scoring_{times}"
+            for key, text in enumerate([f"mark {mark}", "fine"]):
                 pool.submit(key, "", text, "")
-            disturbed: set[int] = set()
-            for _ in range(times):
-                assert wait_until(lambda seen=disturbed: set(pool.worker_pids) - seen != set())  # type: ignore[misc]
+            for disturbed in range(times):
+                assert wait_until(lambda n=disturbed, m=mark: len(list(tmp_path.glob(f"{m.name}.*"))) > n)  # type: ignore[misc]
                 (pid,) = pool.worker_pids
-                disturbed.add(pid)
-                time.sleep(0.6)  # it has started, and is in the scoring
+                assert mark.with_suffix(f".{pid}").exists()
                 os.kill(pid, number)
             found = pool.collect()
             assert found[0].failures == (() if times == 1 else ("obey",)), times
