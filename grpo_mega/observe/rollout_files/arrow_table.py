@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
 from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def _list_array(column: RaggedColumn | None, name: str, count: int) -> pa.Array:
 
 def _map(rows: Sequence[Any]) -> pa.Array:
     keys = pa.array(list(chain.from_iterable(rows)), pa.string())
-    values = np.fromiter(chain.from_iterable(row.values() for row in rows), np.float64, len(keys))
+    values = np.fromiter(chain.from_iterable(map(methodcaller("values"), rows)), np.float64, len(keys))
     return pa.MapArray.from_arrays(_offsets(rows), keys, pa.array(values))
 
 
