@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from grpo_mega.checkpoint.background import BackgroundSaves
 from grpo_mega.checkpoint.carried_parts import CARRIED, CarriedParts, SavedPart
+from grpo_mega.checkpoint.removal import CheckpointRemoval, delete_left_over
 from grpo_mega.checkpoint.written_state import WrittenFiles, compare_with_live, read_back, share_small_files
 from grpo_mega.formats.checkpoint_manifest import (
     COMPLETE,
@@ -138,6 +139,7 @@ class CheckpointManager:
         self._folder, self._keep, self._is_first, self._critic = folder, keep, is_first, critic
         self._on_device, self._model, self._layout, self._background = on_device, model, layout, background
         self._carried = carried
+        self._removal = CheckpointRemoval()
         self._save: _Save | None = None
         self.published_step = 0
         """Step of the last checkpoint that became visible; 0 before the first one, and after `delete_all`."""
@@ -164,6 +166,8 @@ class CheckpointManager:
         staged = self.path_of(state.step).with_suffix(_STAGED)
 
         def empty_folder() -> None:
+            self._removal.wait()
+            delete_left_over(self._folder)
             for path in self._folder.glob(f"step_*{_STAGED}"):  # of a run that was killed
                 shutil.rmtree(path)
             staged.mkdir(parents=True)
@@ -227,9 +231,10 @@ class CheckpointManager:
         return self._folder / f"step_{step:06d}"
 
     def close(self) -> None:
-        """Stop a save in flight. Not collective: another rank may have failed."""
+        """Stop a save in flight, and wait for deletions. Not collective: another rank may have failed."""
         if self._background is not None:
             self._background.stop()
+        self._removal.wait()
 
     def _publish_late(self, save: _Save) -> None:
         """Wait for a save although the next one is due, and measure how long."""
@@ -298,11 +303,10 @@ class CheckpointManager:
             final.rename(replaced)
         staged.rename(final)
         sync_folder(self._folder)
-        shutil.rmtree(replaced, ignore_errors=True)
         complete = sorted((p.parent for p in self._folder.glob(f"step_*/{COMPLETE}")), key=_step_of)
-        for old in complete[: -self._keep]:
-            if old != final:
-                shutil.rmtree(old)
+        visible = [path for path in complete if path != replaced]
+        old = [path for path in visible[: -self._keep] if path != final]
+        self._removal.start([*old, *([replaced] if replaced.exists() else [])])
 
     @contextmanager
     def _writing(self, staged: Path) -> Iterator[None]:

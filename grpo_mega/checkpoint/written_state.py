@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ class _OwnChunk:
 def read_back(
     folder: Path, live: StateRecords, *, threads: int = 1, each: Callable[[], None] = lambda: None
 ) -> WrittenFiles:
-    """Flush the files of this rank to disk, and read them back. Not collective.
+    """Flush the files of this rank to disk, and read them back meanwhile. Not collective.
 
     Args:
         folder: the checkpoint.
@@ -72,10 +72,8 @@ def read_back(
     rank = dist.get_rank()
     names = [name for name in listed_files(folder) if _owner(name) == rank]
     try:
-        for name in names:
-            with (folder / name).open("rb") as file:
-                os.fsync(file.fileno())
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(1) as flushing, ThreadPoolExecutor(threads) as pool:
+            flushed = flushing.submit(_flush, [folder / name for name in names])
             records = pool.map(record_of, [folder / name for name in names])
             sums: dict[tuple[str, str], int] = {}
             for place in live:
@@ -86,9 +84,17 @@ def read_back(
                     for chunk, digest in zip(chunks, digests, strict=True):
                         key = place, chunk.name
                         sums[key] = wrap_int64(sums.get(key, 0) + digest)
+            flushed.result()
             return WrittenFiles(sums, dict(zip(names, records, strict=True)))
     except (UserError, OSError) as error:
         return WrittenFiles(problem=str(error))
+
+
+def _flush(paths: Sequence[Path]) -> None:
+    """Flush what the writer (formats/file_parts.py) has not flushed yet."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def compare_with_live(folder: Path, live: StateRecords, mine: WrittenFiles) -> dict[str, FileRecord]:

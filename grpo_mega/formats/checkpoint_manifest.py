@@ -24,7 +24,7 @@ from grpo_mega.types import StateRecords, TensorRecord, UserError
 
 MANIFEST, COMPLETE = "manifest.json", "complete"
 FORMAT = 1
-_BLOCK_BYTES, _READERS = 1 << 22, 4
+_BLOCK_BYTES, _READERS = 1 << 19, 4  # a block stays in the cache of a core
 # Names that a loader reads although no manifest lists them.
 _READ_BY_LOADERS = ("common.pt", "metadata.json")
 

@@ -1,7 +1,8 @@
 """Files whose content is given in parts: bytes, and tensors whose values are written as they are in memory.
 
 `DirectFiles` writes a file at once and copies at most one tensor at a time to host memory. `CopiedFiles` copies all
-tensors of the files of one save to host memory, so that they can be written while the tensors change.
+tensors of the files of one save to host memory, so that they can be written while the tensors change. A thread flushes
+a large file to disk while it is written; the caller flushes the rest (checkpoint/written_state.py).
 Asserted by tests/unit/formats/test_file_parts.py.
 """
 
@@ -9,24 +10,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from grpo_mega.formats.background_flush import BackgroundFlush
 from grpo_mega.formats.byte_ranges import tensor_memory
 from grpo_mega.formats.host_buffers import HostBuffers
 
 Part = bytes | Tensor
 _BATCH_BYTES, _BATCH_PARTS = 1 << 20, 256  # of one system call; at most 1,024 parts are allowed
-_FLUSH_BYTES = 1 << 30  # a flush of a whole large file would look like a file system that takes nothing
 
 
 class DirectFiles:
     """Writes each file when it is added."""
 
     def add_file(self, path: Path, parts: Sequence[Part]) -> None:
-        """Write the file and flush it to disk.
+        """Write the file.
 
         Raises:
             OSError: it cannot be written.
@@ -87,7 +89,7 @@ class CopiedFiles:
         )
 
     def write(self, written: Callable[[int], None]) -> None:
-        """Write all files and flush them to disk. `written` is called with each number of bytes, and may raise.
+        """Write all files. `written` is called with each number of bytes, and may raise.
 
         Raises:
             OSError: a file cannot be written.
@@ -99,29 +101,27 @@ class CopiedFiles:
 def write_file(
     path: Path, parts: Iterable[bytes | memoryview], written: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Write the parts one after the other, and flush the file to disk. `written` is called with numbers of bytes.
+    """Write the parts one after the other. `written` is called with numbers of bytes, and may raise.
 
     Raises:
         OSError: the file cannot be written.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        waiting: list[memoryview] = []
-        waiting_bytes = unflushed_bytes = 0
-        for part in parts:
-            view = memoryview(part)
-            for start in range(0, len(view), _BATCH_BYTES):
-                waiting.append(view[start : start + _BATCH_BYTES])
-                waiting_bytes += len(waiting[-1])
-                if waiting_bytes >= _BATCH_BYTES or len(waiting) >= _BATCH_PARTS:
-                    _write_views(descriptor, waiting, written)
-                    unflushed_bytes, waiting_bytes = unflushed_bytes + waiting_bytes, 0
-            if unflushed_bytes >= _FLUSH_BYTES:
-                os.fdatasync(descriptor)
-                unflushed_bytes = 0
-            del part, view  # a copy is freed before the next one is made
-        _write_views(descriptor, waiting, written)
-        os.fsync(descriptor)
+        with closing(BackgroundFlush(descriptor)) as flush:
+            waiting: list[memoryview] = []
+            waiting_bytes = 0
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(view), _BATCH_BYTES):
+                    waiting.append(view[start : start + _BATCH_BYTES])
+                    waiting_bytes += len(waiting[-1])
+                    if waiting_bytes >= _BATCH_BYTES or len(waiting) >= _BATCH_PARTS:
+                        _write_views(descriptor, waiting, written)
+                        flush.add(waiting_bytes)
+                        waiting_bytes = 0
+                del part, view  # a copy is freed before the next one is made
+            _write_views(descriptor, waiting, written)
     finally:
         os.close(descriptor)
 

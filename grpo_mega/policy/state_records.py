@@ -7,10 +7,12 @@ Asserted by tests/parallel/test_checkpoint.py: equal records in every layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
 from grpo_mega.policy.megatron_patches import cpu
@@ -25,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
     is_main_replica,
 )
 
+_THREADS = 4
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -36,7 +39,7 @@ def state_records(sharded: Any, vocab_size: int) -> dict[str, TensorRecord]:
         vocab_size: rows of the embedding and of the head without padding.
     """
     shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    sums: dict[str, int] = {}
+    slices: list[tuple[Tensor, TensorSlice]] = []
     for tensor in _main_replicas(sharded):
         offsets, shape = list(tensor.global_offset), [1] * tensor.prepend_axis_num + list(tensor.local_shape)
         values, whole = tensor.data, list(tensor.global_shape)
@@ -44,8 +47,10 @@ def state_records(sharded: Any, vocab_size: int) -> dict[str, TensorRecord]:
             rows = max(0, min(shape[0], vocab_size - offsets[0]))
             values, shape[0], whole[0] = values[:rows], rows, min(whole[0], vocab_size)
         shapes[tensor.key] = tuple(whole), str(values.dtype).removeprefix("torch.")
-        digest = slice_digest(values, TensorSlice(tensor.key, tuple(offsets), tuple(shape)))
-        sums[tensor.key] = wrap_int64(sums.get(tensor.key, 0) + digest)
+        slices.append((values, TensorSlice(tensor.key, tuple(offsets), tuple(shape))))
+    sums: dict[str, int] = {}
+    for (_, part), digest in zip(slices, _digests(slices), strict=True):
+        sums[part.name] = wrap_int64(sums.get(part.name, 0) + digest)
     everywhere: list[Any] = [(shapes, sums)]
     if dist.get_world_size() > 1:
         everywhere = [None] * dist.get_world_size()
@@ -58,6 +63,14 @@ def state_records(sharded: Any, vocab_size: int) -> dict[str, TensorRecord]:
         key: each for found, _ in everywhere for key, each in found.items()
     }
     return {key: TensorRecord(shape, dtype, digest_text(total[key])) for key, (shape, dtype) in sorted(known.items())}
+
+
+def _digests(slices: Sequence[tuple[Tensor, TensorSlice]]) -> list[int]:
+    """Return the digest of each slice. Those in host memory are computed by several threads."""
+    if not all(values.is_cpu for values, _ in slices):
+        return [slice_digest(*each) for each in slices]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda each: slice_digest(*each), slices))
 
 
 def _main_replicas(sharded: Any) -> Iterator[ShardedTensor]:

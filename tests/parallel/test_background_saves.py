@@ -78,7 +78,7 @@ def open_manager(
 
 def names_in(folder: Path) -> list[str]:
     torch.distributed.barrier()
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.glob("step_*"))
     torch.distributed.barrier()
     return names
 
@@ -152,6 +152,7 @@ def save_before_the_last_is_written(
             waits.append(manager.wait_seconds)
             names.append(names_in(folder))
         manager.publish(wait=True)
+        manager.close()  # waits for deletions
     finally:
         logging.getLogger("grpo_mega.checkpoint.manager").removeHandler(handler)
     return waits, names, records

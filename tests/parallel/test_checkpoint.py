@@ -166,6 +166,7 @@ def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Pat
         history.append(visible())
     manager.stage_if_due(policy, LoopState(9, 9), is_due=True)
     manager.publish(wait=True)
+    manager.close()  # waits for deletions
     return seen | {"history": history, "again": visible(), "names": sorted(p.name for p in folder.iterdir())}
 
 

@@ -50,7 +50,9 @@ def save(rank: int, recorded: Recorded, root: Path) -> tuple[list[bytes], list[s
             state = state_bytes(policy)
         manager.stage_if_due(policy, LoopState(step, step), is_due=True)
         manager.publish(wait=True)
-        visible.append(sorted(path.name for path in folder.iterdir()))
+        visible.append(sorted(path.name for path in folder.glob("step_*")))
+    local.close()  # waits for the deletion of step 2
+    assert [path.name for path in folder.iterdir()] == ["step_000003"]
     return state, sorted(path.name for path in (folder / "step_000003").iterdir()), visible
 
 

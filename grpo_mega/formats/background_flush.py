@@ -1,0 +1,78 @@
+"""Flushes a file to disk while it is written.
+
+A flush at the end would leave the disk idle during the write, and its duration would grow with the file. Here the disk
+works from the first part on, and at most 1 GiB of a file waits for it, so a writer that makes no progress for long has
+a disk that takes nothing.
+Asserted by tests/unit/formats/test_background_flush.py.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+_FLUSH_BYTES, _MAX_WAITING_BYTES = 1 << 26, 1 << 30
+
+
+class BackgroundFlush:
+    """The thread that flushes one file. It starts with the first 64 MiB, so a small file needs none."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Flush the open file `descriptor`, which stays open until `close` has returned."""
+        self._descriptor, self._waiting_bytes = descriptor, 0
+        self._is_closing = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def add(self, num_bytes: int) -> None:
+        """Note that bytes were written. Waits while more than 1 GiB is not flushed.
+
+        Raises:
+            OSError: the file cannot be flushed.
+        """
+        with self._changed:
+            self._waiting_bytes += num_bytes
+            if self._waiting_bytes < _FLUSH_BYTES:
+                return
+            if self._thread is None:
+                # a daemon: a thread that waits for a file system must not keep a failed rank alive
+                self._thread = threading.Thread(target=self._run, name="checkpoint-flush", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._waiting_bytes <= _MAX_WAITING_BYTES or self._error is not None)
+            self._raise_error()
+
+    def close(self) -> None:
+        """Wait for the flush that is running. What was added last is not flushed.
+
+        Raises:
+            OSError: the file could not be flushed.
+        """
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting_bytes >= _FLUSH_BYTES or self._is_closing)
+                if self._is_closing:
+                    return
+                taken = self._waiting_bytes
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self._error = error
+            with self._changed:
+                self._waiting_bytes -= taken
+                self._changed.notify_all()
+                if self._error is not None:
+                    return
