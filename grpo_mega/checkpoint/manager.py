@@ -38,11 +38,11 @@ from grpo_mega.formats.checkpoint_manifest import (
     write_manifest,
 )
 from grpo_mega.interfaces import Critic, LearnerMemory, Policy
+from grpo_mega.models.digest import digest_threads
 from grpo_mega.parallel.ranks import first_error
 from grpo_mega.types import CheckpointWriteError, TensorRecord, UserError
 
 _CRITIC, _STAGED = "critic", ".tmp"
-_READERS = 4
 log = logging.getLogger(__name__)
 
 
@@ -188,7 +188,7 @@ class CheckpointManager:
                 share_small_files(staged, leads=self._is_first)
         save = _Save(staged, state.step, live, in_background=files is not None)
         if self._background is None or files is None:
-            self._describe(save, read_back(staged, live, threads=_READERS))
+            self._describe(save, read_back(staged, live, threads=digest_threads()))
         else:
             self._background.start(files, staged, live)
         self._save = save

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from grpo_mega.types import TensorSlice
 
+_MAX_THREADS = 4
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Elements converted to 64 bits at a time. On a CPU they stay in the cache of a core; a GPU kernel needs more work.
 _ELEMENTS_AT_ONCE = {"cpu": 1 << 15}
@@ -134,6 +136,11 @@ def _as_words(rows: Tensor) -> Tensor:
     places = rows.shape[1], rows.storage_offset(), rows.stride(0)
     whole = rows.stride(1) == 1 and all(place * rows.itemsize % 8 == 0 for place in places)
     return rows.view(torch.int64) if whole else rows
+
+
+def digest_threads() -> int:
+    """Return how many threads compute digests of tensors in host memory: more than there are cores take longer."""
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
 def digest_text(digest: int) -> str:

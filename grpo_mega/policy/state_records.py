@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
+from grpo_mega.models.digest import digest_text, digest_threads, slice_digest, wrap_int64
 from grpo_mega.policy.megatron_patches import cpu
 from grpo_mega.types import TensorRecord, TensorSlice
 
@@ -27,7 +27,6 @@ from megatron.core.dist_checkpointing.mapping import (  # noqa: E402
     is_main_replica,
 )
 
-_THREADS = 4
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -69,7 +68,7 @@ def _digests(slices: Sequence[tuple[Tensor, TensorSlice]]) -> list[int]:
     """Return the digest of each slice. Those in host memory are computed by several threads."""
     if not all(values.is_cpu for values, _ in slices):
         return [slice_digest(*each) for each in slices]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(digest_threads()) as pool:
         return list(pool.map(lambda each: slice_digest(*each), slices))
 
 
