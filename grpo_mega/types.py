@@ -378,3 +378,11 @@ class FileSink(Protocol):
             OSError: the file is written at once, and cannot be written.
         """
         ...
+
+    def flush(self) -> None:
+        """Wait until all files that are written are on the disk.
+
+        Raises:
+            OSError: a file cannot be flushed.
+        """
+        ...

@@ -120,7 +120,7 @@ class Writer:
     def _run(self) -> None:
         try:
             self._files.write(self._progress)
-            self.written = read_back(self._folder, self._live, each=self._progress)
+            self.written = read_back(self._folder, self._live, self._files, each=self._progress)
         except Exception as error:  # raised on all ranks at the next step
             self.error = f"{type(error).__name__}: {error}"
 

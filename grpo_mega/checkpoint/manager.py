@@ -37,6 +37,7 @@ from grpo_mega.formats.checkpoint_manifest import (
     sync_folder,
     write_manifest,
 )
+from grpo_mega.formats.file_parts import CopiedFiles, DirectFiles
 from grpo_mega.interfaces import Critic, LearnerMemory, Policy
 from grpo_mega.models.digest import digest_threads
 from grpo_mega.parallel.ranks import first_error
@@ -173,7 +174,7 @@ class CheckpointManager:
             staged.mkdir(parents=True)
 
         self._run_on_first(empty_folder)
-        files = None if self._background is None else self._background.new_files()
+        files = DirectFiles() if self._background is None else self._background.new_files()
         with self._writing(staged):
             with self._on_device(policy):
                 live = dict(policy.save(staged, state.counters, files))
@@ -186,11 +187,12 @@ class CheckpointManager:
                     live[_CRITIC] = self._critic.save(staged / _CRITIC, {}, files)["."]
             if self._each_machine:
                 share_small_files(staged, leads=self._is_first)
-        save = _Save(staged, state.step, live, in_background=files is not None)
-        if self._background is None or files is None:
-            self._describe(save, read_back(staged, live, threads=digest_threads()))
-        else:
+        save = _Save(staged, state.step, live, in_background=isinstance(files, CopiedFiles))
+        if isinstance(files, CopiedFiles):
+            assert self._background is not None, "it has made the sink"
             self._background.start(files, staged, live)
+        else:
+            self._describe(save, read_back(staged, live, files, threads=digest_threads()))
         self._save = save
 
     def publish(self, *, wait: bool) -> None:

@@ -26,7 +26,7 @@ from grpo_mega.formats.checkpoint_manifest import FileRecord, listed_files, reco
 from grpo_mega.formats.file_parts import write_file
 from grpo_mega.formats.torch_dist_reader import StoredChunk, TorchDistFiles
 from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
-from grpo_mega.types import StateRecords, TensorRecord, TensorSlice, UserError
+from grpo_mega.types import FileSink, StateRecords, TensorRecord, TensorSlice, UserError
 
 _SHARD_NAME = re.compile(r"__(\d+)_\d+\.distcp")
 _BLOCK_BYTES = 1 << 21  # of a tensor that are read and digested at a time; they stay in a cache of the processor
@@ -59,13 +59,14 @@ class _OwnChunk:
 
 
 def read_back(
-    folder: Path, live: StateRecords, *, threads: int = 1, each: Callable[[], None] = lambda: None
+    folder: Path, live: StateRecords, files: FileSink, *, threads: int = 1, each: Callable[[], None] = lambda: None
 ) -> WrittenFiles:
     """Flush the files of this rank to disk, and read them back meanwhile. Not collective.
 
     Args:
         folder: the checkpoint.
         live: records of the live state; what a file holds in addition is a problem.
+        files: the sink that has written the files of this rank.
         threads: threads that read.
         each: is called often, and may raise.
     """
@@ -73,14 +74,14 @@ def read_back(
     names = [name for name in listed_files(folder) if _owner(name) == rank]
     try:
         with ThreadPoolExecutor(1) as flushing, ThreadPoolExecutor(threads) as pool:
-            flushed = flushing.submit(_flush, [folder / name for name in names])
+            flushed = flushing.submit(_flush, files, [folder / name for name in names])
             records = pool.map(record_of, [folder / name for name in names])
             sums: dict[tuple[str, str], int] = {}
             for place in live:
                 mine = {folder / name for name in names}
-                with closing(TorchDistFiles(folder / place, mine)) as files:
-                    chunks = list(_own_chunks(files, mine, live[place], is_first=rank == 0))
-                    digests = pool.map(partial(_chunk_digest, files, each), chunks)
+                with closing(TorchDistFiles(folder / place, mine)) as stored:
+                    chunks = list(_own_chunks(stored, mine, live[place], is_first=rank == 0))
+                    digests = pool.map(partial(_chunk_digest, stored, each), chunks)
                     for chunk, digest in zip(chunks, digests, strict=True):
                         key = place, chunk.name
                         sums[key] = wrap_int64(sums.get(key, 0) + digest)
@@ -90,8 +91,9 @@ def read_back(
         return WrittenFiles(problem=str(error))
 
 
-def _flush(paths: Sequence[Path]) -> None:
-    """Flush what the writer (formats/file_parts.py) has not flushed yet."""
+def _flush(files: FileSink, paths: Sequence[Path]) -> None:
+    """Flush the files of the sink and those that Megatron has written itself."""
+    files.flush()
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -129,7 +131,7 @@ def share_small_files(folder: Path, *, leads: bool) -> None:
         dist.broadcast_object_list(small, src=0)
     for name, content in small[0].items():
         if leads and not (folder / name).exists():
-            write_file(folder / name, [content])
+            write_file(folder / name, [content]).finish()
 
 
 def _is_small(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Flushes a file to disk while it is written.
+"""Flushes a file to disk while it is written, and after that while it is read back.
 
 A flush at the end would leave the disk idle during the write, and its duration would grow with the file. Here the disk
 works from the first part on, and at most 1 GiB of a file waits for it, so a writer that makes no progress for long has
@@ -18,7 +18,7 @@ class BackgroundFlush:
     """The thread that flushes one file. It starts with the first 64 MiB, so a small file needs none."""
 
     def __init__(self, descriptor: int) -> None:
-        """Flush the open file `descriptor`, which stays open until `close` has returned."""
+        """Flush the open file `descriptor`, which `finish` or `abandon` closes."""
         self._descriptor, self._waiting_bytes = descriptor, 0
         self._is_closing = False
         self._changed = threading.Condition()
@@ -43,18 +43,30 @@ class BackgroundFlush:
             self._changed.wait_for(lambda: self._waiting_bytes <= _MAX_WAITING_BYTES or self._error is not None)
             self._raise_error()
 
-    def close(self) -> None:
-        """Wait for the flush that is running. What was added last is not flushed.
+    def finish(self) -> None:
+        """Flush the rest of the file, and close it.
 
         Raises:
             OSError: the file could not be flushed.
         """
+        try:
+            self._stop_thread()
+            self._raise_error()
+            os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Close a file that is not needed; the flush that is running ends first."""
+        self._stop_thread()
+        os.close(self._descriptor)
+
+    def _stop_thread(self) -> None:
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-        self._raise_error()
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -1,8 +1,8 @@
 """Files whose content is given in parts: bytes, and tensors whose values are written as they are in memory.
 
 `DirectFiles` writes a file at once and copies at most one tensor at a time to host memory. `CopiedFiles` copies all
-tensors of the files of one save to host memory, so that they can be written while the tensors change. A thread flushes
-a large file to disk while it is written; the caller flushes the rest (checkpoint/written_state.py).
+tensors of the files of one save to host memory, so that they can be written while the tensors change. Threads flush the
+files to disk while they are written, and until `flush` returns.
 Asserted by tests/unit/formats/test_file_parts.py.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -27,13 +26,25 @@ _BATCH_BYTES, _BATCH_PARTS = 1 << 20, 256  # of one system call; at most 1,024 p
 class DirectFiles:
     """Writes each file when it is added."""
 
+    def __init__(self) -> None:
+        """Write no file yet."""
+        self._written: list[BackgroundFlush] = []
+
     def add_file(self, path: Path, parts: Sequence[Part]) -> None:
         """Write the file.
 
         Raises:
             OSError: it cannot be written.
         """
-        write_file(path, (_in_host_memory(part) for part in parts))
+        self._written.append(write_file(path, (_in_host_memory(part) for part in parts)))
+
+    def flush(self) -> None:
+        """Wait until all files are on the disk.
+
+        Raises:
+            OSError: a file cannot be flushed.
+        """
+        _finish(self._written)
 
 
 class CopyMemory:
@@ -70,6 +81,7 @@ class CopiedFiles:
         memory.restart()
         self._memory = memory
         self._files: list[tuple[Path, list[bytes | list[Tensor]]]] = []
+        self._written: list[BackgroundFlush] = []
 
     def add_file(self, path: Path, parts: Sequence[Part]) -> None:
         """Copy the tensors of a file. When this returns, they may change."""
@@ -95,35 +107,53 @@ class CopiedFiles:
             OSError: a file cannot be written.
         """
         for path, parts in self._files:
-            write_file(path, (view for part in parts for view in _views(part)), written)
+            self._written.append(write_file(path, (view for part in parts for view in _views(part)), written))
+
+    def flush(self) -> None:
+        """Wait until all files are on the disk.
+
+        Raises:
+            OSError: a file cannot be flushed.
+        """
+        _finish(self._written)
 
 
 def write_file(
     path: Path, parts: Iterable[bytes | memoryview], written: Callable[[int], None] = lambda _: None
-) -> None:
-    """Write the parts one after the other. `written` is called with numbers of bytes, and may raise.
+) -> BackgroundFlush:
+    """Write the parts one after the other, and return the flush of the file, which the caller has to finish.
+
+    `written` is called with numbers of bytes, and may raise.
 
     Raises:
         OSError: the file cannot be written.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    flush = BackgroundFlush(descriptor)
     try:
-        with closing(BackgroundFlush(descriptor)) as flush:
-            waiting: list[memoryview] = []
-            waiting_bytes = 0
-            for part in parts:
-                view = memoryview(part)
-                for start in range(0, len(view), _BATCH_BYTES):
-                    waiting.append(view[start : start + _BATCH_BYTES])
-                    waiting_bytes += len(waiting[-1])
-                    if waiting_bytes >= _BATCH_BYTES or len(waiting) >= _BATCH_PARTS:
-                        _write_views(descriptor, waiting, written)
-                        flush.add(waiting_bytes)
-                        waiting_bytes = 0
-                del part, view  # a copy is freed before the next one is made
-            _write_views(descriptor, waiting, written)
-    finally:
-        os.close(descriptor)
+        waiting: list[memoryview] = []
+        waiting_bytes = 0
+        for part in parts:
+            view = memoryview(part)
+            for start in range(0, len(view), _BATCH_BYTES):
+                waiting.append(view[start : start + _BATCH_BYTES])
+                waiting_bytes += len(waiting[-1])
+                if waiting_bytes >= _BATCH_BYTES or len(waiting) >= _BATCH_PARTS:
+                    _write_views(descriptor, waiting, written)
+                    flush.add(waiting_bytes)
+                    waiting_bytes = 0
+            del part, view  # a copy is freed before the next one is made
+        _write_views(descriptor, waiting, written)
+    except BaseException:
+        flush.abandon()
+        raise
+    return flush
+
+
+def _finish(flushes: list[BackgroundFlush]) -> None:
+    """Finish all flushes; the list is empty afterwards."""
+    while flushes:
+        flushes.pop().finish()
 
 
 def _write_views(descriptor: int, views: list[memoryview], written: Callable[[int], None]) -> None:

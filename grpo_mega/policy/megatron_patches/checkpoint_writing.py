@@ -37,7 +37,7 @@ cpu.prepare_import()
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402 - only after prepare_import
 
-_sink: FileSink = DirectFiles()
+_sink: FileSink | None = None
 
 
 def install() -> None:
@@ -47,7 +47,7 @@ def install() -> None:
 
 @contextmanager
 def writing_to(sink: FileSink | None) -> Iterator[None]:
-    """Hand the files of saves inside the block to `sink`. None: they are written at once."""
+    """Hand the files of saves inside the block to `sink`. None: they are written at once, and on disk at the end."""
     global _sink
     before = _sink
     _sink = sink or before
@@ -83,9 +83,12 @@ class PlannedWriter(filesystem_async.FileSystemWriterAsync):
         return self._results if self._error is None else _wrap_exception(self._error)
 
     def _hand_over(self) -> None:
+        files = _sink or DirectFiles()
         try:
             for path, parts in self.write_buckets:
-                _sink.add_file(path, parts)
+                files.add_file(path, parts)
+            if _sink is None:
+                files.flush()
         except (OSError, RuntimeError) as error:  # the finalization raises it on all ranks
             self._error = RuntimeError(f"{type(error).__name__}: {error}")
 

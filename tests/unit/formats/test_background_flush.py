@@ -23,15 +23,13 @@ def flushing(
     monkeypatch.setattr(background_flush, "_FLUSH_BYTES", 10)
     monkeypatch.setattr(background_flush, "_MAX_WAITING_BYTES", 20)
     monkeypatch.setattr(background_flush.os, "fdatasync", fdatasync)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-    flush = BackgroundFlush(descriptor)
+    flush = BackgroundFlush(os.open(path, os.O_WRONLY | os.O_CREAT))
     try:
         yield flush
-    finally:
-        try:
-            flush.close()
-        finally:
-            os.close(descriptor)
+    except BaseException:
+        flush.abandon()
+        raise
+    flush.finish()
 
 
 def test_a_small_file_needs_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +72,29 @@ def test_a_flush_that_fails_ends_the_write(tmp_path: Path, monkeypatch: pytest.M
 
     with pytest.raises(OSError, match="input/output error"):
         write()
+
+
+def test_an_error_of_the_flush_is_raised_at_the_end_at_the_latest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def fail_late(_: int) -> None:
+        begun.set()
+        go_on.wait(30)
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(background_flush, "_FLUSH_BYTES", 10)
+    monkeypatch.setattr(background_flush.os, "fdatasync", fail_late)
+    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    flush = BackgroundFlush(descriptor)
+    flush.add(10)
+    assert begun.wait(30)
+    go_on.set()
+    with pytest.raises(OSError, match="input/output error"):
+        flush.finish()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_closing_waits_for_the_flush_that_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

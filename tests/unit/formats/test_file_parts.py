@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from grpo_mega.formats import file_parts
+from grpo_mega.formats import background_flush, file_parts
 from grpo_mega.formats.byte_ranges import read_slice, tensor_memory
 from grpo_mega.formats.file_parts import CopiedFiles, CopyMemory, DirectFiles, write_file
 
@@ -24,11 +25,14 @@ def test_parts_are_written_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int
 ) -> None:
     monkeypatch.setattr(file_parts, "_BATCH_BYTES", batch_bytes)
-    DirectFiles().add_file(tmp_path / "direct", PARTS)
+    direct = DirectFiles()
+    direct.add_file(tmp_path / "direct", PARTS)
+    direct.flush()
     copied, counts = CopiedFiles(CopyMemory()), list[int]()
     copied.add_file(tmp_path / "copied", PARTS)
     copied.add_file(tmp_path / "bytes", [b"a", b"b"])
     copied.write(counts.append)
+    copied.flush()
     assert (tmp_path / "direct").read_bytes() == (tmp_path / "copied").read_bytes() == CONTENT
     assert (tmp_path / "bytes").read_bytes() == b"ab"
     assert sum(counts) == len(CONTENT) + 2
@@ -37,7 +41,9 @@ def test_parts_are_written_one_after_the_other(
 def test_a_written_or_read_tensor_can_be_resized(tmp_path: Path) -> None:
     """`Tensor.numpy` would forbid it, and a policy that was saved could not be offloaded."""
     values, loaded = VALUES.clone(), torch.empty(1000)
-    DirectFiles().add_file(tmp_path / "file", [values])
+    files = DirectFiles()
+    files.add_file(tmp_path / "file", [values])
+    files.flush()
     with (tmp_path / "file").open("rb") as file:
         read_slice(file.fileno(), 0, (1000,), (0,), loaded)
     assert torch.equal(loaded, values)
@@ -57,7 +63,7 @@ def test_a_view_of_memory_keeps_the_tensor_alive() -> None:
 def test_an_interrupted_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = file_parts.os.writev
     monkeypatch.setattr(file_parts.os, "writev", lambda fd, views: real(fd, [views[0][:5]]))
-    write_file(tmp_path / "file", [b"0123456789ab", b"", b"cdefg"])
+    write_file(tmp_path / "file", [b"0123456789ab", b"", b"cdefg"]).finish()
     assert (tmp_path / "file").read_bytes() == b"0123456789abcdefg"
 
 
@@ -71,6 +77,7 @@ def test_copied_tensors_may_change_before_they_are_written(tmp_path: Path) -> No
         assert memory.num_bytes == 2 * 1010 * 4  # the memory of the save before is used again
         values.fill_(-1)
         files.write(lambda _: None)
+        files.flush()
         for name in ("a", "b"):
             assert (tmp_path / name).read_bytes() == b"x" + torch.full((1010,), float(number)).numpy().tobytes()
 
@@ -83,6 +90,7 @@ def test_memory_of_other_sizes_is_allocated_again(tmp_path: Path) -> None:
         files.add_file(tmp_path / "b", [VALUES[:size]])
         assert memory.num_bytes == 2 * 4 * size
         files.write(lambda _: None)
+        files.flush()
         assert (tmp_path / "b").read_bytes() == VALUES[:size].numpy().tobytes()
 
 
@@ -100,3 +108,28 @@ def test_the_caller_can_stop_a_write(tmp_path: Path) -> None:
     files.add_file(tmp_path / "file", [VALUES])
     with pytest.raises(InterruptedError, match="stopped"):
         files.write(stop)
+
+
+@pytest.mark.parametrize("kind", ["direct", "copied"])
+def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    files = DirectFiles() if kind == "direct" else CopiedFiles(CopyMemory())
+    files.add_file(tmp_path / "file", [VALUES])
+    if isinstance(files, CopiedFiles):
+        files.write(lambda _: None)
+    monkeypatch.setattr(background_flush.os, "fsync", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        files.flush()
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    files = DirectFiles()
+    for name in "abc":
+        files.add_file(tmp_path / name, [VALUES])
+    files.flush()
+    with pytest.raises(OSError, match="No space left"):
+        write_file(Path("/dev/full"), [b"content"])
+    assert set(os.listdir("/proc/self/fd")) == before
