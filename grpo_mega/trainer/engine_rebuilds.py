@@ -221,25 +221,26 @@ class EngineRebuilds:
         if reason := self._first_fault(self._engine.fault()):
             self._rebuild(reason, "")
 
-    def push(self, push: Callable[[], T]) -> T:
-        """Return the result of `push`, which sends the weights, and repeats it if an engine was lost. Collective.
+    def repeat_if_lost(self, action: Callable[[], T]) -> T:
+        """Return the result of `action`, and repeat it if an engine was lost meanwhile. Collective.
 
         Args:
-            push: sends the weights to the engines; if one fails, it raises WeightMismatchError on all ranks.
+            action: sends the weights to the engines, or compares them again; if an engine fails, it raises
+                WeightMismatchError on all ranks. After a rebuild nothing was sent, so there is nothing to compare.
 
         Raises:
             WeightMismatchError: the weights differ, or an engine failed whose processes are still running.
-            RuntimeError: of `push`; or engines were lost more often than allowed, or cannot be rebuilt.
+            RuntimeError: of `action`; or engines were lost more often than allowed, or cannot be rebuilt.
         """
         while True:
             try:
-                return push()
+                return action()
             except WeightMismatchError:
                 lost = self._first_fault(self._engine.fault())
                 if not lost:
                     raise
                 reason = f"the weight sync failed: {lost}"  # without the frames of the call, which hold the engine
-            self._rebuild(reason, ", and the weights are sent again")
+            self._rebuild(reason, ", and the sync is repeated")
 
     def push_to_servers(self, push: Callable[[], T]) -> T:
         """Return the result of `push`, which sends the weights, and repeats it if it failed on any rank. Collective.

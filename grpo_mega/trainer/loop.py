@@ -183,7 +183,7 @@ def sample_groups(job: TrainerState, state: LoopState, step: int) -> SampledGrou
 
     groups = job.engines.sample(sample, lambda: send_weights(job, state))
     with job.timers.phase("sync"):
-        job.engines.push(job.sync.verify_after_sampling)  # before the engine sleeps
+        job.engines.repeat_if_lost(job.sync.verify_after_sampling)  # before the engine sleeps
     return groups
 
 
@@ -259,11 +259,11 @@ def send_weights(job: TrainerState, state: LoopState) -> SyncReport:
     """Send the policy's weights as `push_weights`, and again if an engine is lost meanwhile. Collective.
 
     Raises:
-        WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.push`.
+        WeightMismatchError, RuntimeError: see `push_weights` and `EngineRebuilds.repeat_if_lost`.
     """
     if job.config.engine.placement == "server":
         return job.engines.push_to_servers(lambda: push_weights(job, state))
-    return job.engines.push(lambda: push_weights(job, state))
+    return job.engines.repeat_if_lost(lambda: push_weights(job, state))
 
 
 def sync_weights(job: TrainerState, state: LoopState) -> SyncReport:
