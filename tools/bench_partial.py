@@ -30,7 +30,7 @@ from tools.step_sides.two_mean_lengths import GROUP, PER_STEP  # noqa: E402
 
 TARGET = 1.3
 WARM_STEPS = 4
-PARTIAL = "sampling.partial={oversubmit: 2.0, slice_tokens: 16, max_staleness: 16}"
+PARTIAL = "sampling.partial={oversubmit: 2.0, slice_tokens: 48, max_staleness: 16}"
 
 
 def summary_of(steps: CountedSteps) -> dict[str, Any]:

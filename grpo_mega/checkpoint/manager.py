@@ -44,6 +44,7 @@ from grpo_mega.parallel.ranks import first_error
 from grpo_mega.types import CheckpointWriteError, TensorRecord, UserError
 
 _CRITIC, _STAGED = "critic", ".tmp"
+_CLOSE_SECONDS = 60.0  # for which the end of a run waits for deletions
 log = logging.getLogger(__name__)
 
 
@@ -236,7 +237,7 @@ class CheckpointManager:
         """Stop a save in flight, and wait for deletions. Not collective: another rank may have failed."""
         if self._background is not None:
             self._background.stop()
-        self._removal.wait()
+        self._removal.wait(_CLOSE_SECONDS)
 
     def _publish_late(self, save: _Save) -> None:
         """Wait for a save although the next one is due, and measure how long."""

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _PREFIX = ".removed_"
-_WAIT_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
@@ -38,11 +37,12 @@ class CheckpointRemoval:
             self._thread = threading.Thread(target=_delete, args=(hidden,), name="checkpoint-removal", daemon=True)
             self._thread.start()
 
-    def wait(self) -> None:
-        """Wait for deletions, but not for a file system that takes nothing."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until the folders are deleted, at most `seconds`."""
         if self._thread is not None:
-            self._thread.join(_WAIT_SECONDS)
-            self._thread = None
+            self._thread.join(seconds)
+            if not self._thread.is_alive():
+                self._thread = None
 
 
 def delete_left_over(checkpoints: Path) -> None:
