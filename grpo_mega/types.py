@@ -369,7 +369,7 @@ AllowsUpdate = Callable[[UpdateStats], bool]
 
 
 class FileSink(Protocol):
-    """Receives the content of the files of a save on this rank."""
+    """Receives the content of the files of a save on this rank. Whoever has made it calls `flush` or `abandon`."""
 
     def add_file(self, path: Path, parts: Sequence[bytes | Tensor]) -> None:
         """Take a file that consists of `parts`, bytes and tensors of any shape; when this returns, they may change.
@@ -379,10 +379,14 @@ class FileSink(Protocol):
         """
         ...
 
-    def flush(self) -> None:
-        """Wait until all files that are written are on the disk.
+    def flush(self, flushed: Callable[[], None] = ...) -> None:
+        """Wait until all files that are written are on the disk. `flushed` is called after each of them.
 
         Raises:
             OSError: a file cannot be flushed.
         """
+        ...
+
+    def abandon(self) -> None:
+        """Close all files: the save has failed on another rank."""
         ...

@@ -64,7 +64,7 @@ class BackgroundSaves:
         assert writer is not None, "no save is in flight"
         while True:
             error = writer.error or writer.stall(self._timeout_seconds)
-            running, failed = _any_rank(not writer.ended, bool(error))
+            running, failed = any_rank(not writer.ended, bool(error))
             if failed:
                 self.stop()
                 raise RuntimeError(first_error(error))
@@ -130,7 +130,7 @@ class Writer:
             raise WriterStoppedError("the save was stopped")
 
 
-def _any_rank(*flags: bool) -> list[bool]:
+def any_rank(*flags: bool) -> list[bool]:
     """Return for each flag if it is set on any rank. Collective."""
     found = torch.tensor([int(flag) for flag in flags])
     if dist.get_world_size() > 1:

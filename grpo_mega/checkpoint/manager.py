@@ -24,9 +24,9 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from grpo_mega.checkpoint.background import BackgroundSaves
+from grpo_mega.checkpoint.background import BackgroundSaves, any_rank
 from grpo_mega.checkpoint.carried_parts import CARRIED, CarriedParts, SavedPart
-from grpo_mega.checkpoint.removal import CheckpointRemoval, delete_left_over
+from grpo_mega.checkpoint.removal import CheckpointRemoval
 from grpo_mega.checkpoint.written_state import WrittenFiles, compare_with_live, read_back, share_small_files
 from grpo_mega.formats.checkpoint_manifest import (
     COMPLETE,
@@ -41,10 +41,10 @@ from grpo_mega.formats.file_parts import CopiedFiles, DirectFiles
 from grpo_mega.interfaces import Critic, LearnerMemory, Policy
 from grpo_mega.models.digest import digest_threads
 from grpo_mega.parallel.ranks import first_error
-from grpo_mega.types import CheckpointWriteError, TensorRecord, UserError
+from grpo_mega.types import CheckpointWriteError, FileSink, TensorRecord, UserError
 
 _CRITIC, _STAGED = "critic", ".tmp"
-_CLOSE_SECONDS = 60.0  # for which the end of a run waits for deletions
+_CLOSE_SECONDS, _POLL_SECONDS = 2.0, 0.05
 log = logging.getLogger(__name__)
 
 
@@ -165,18 +165,18 @@ class CheckpointManager:
             return
         if self._save is not None:
             self._publish_late(self._save)
+        self.wait_for_removal()  # there may be no space for another checkpoint before
         staged = self.path_of(state.step).with_suffix(_STAGED)
 
         def empty_folder() -> None:
-            self._removal.wait()
-            delete_left_over(self._folder)
             for path in self._folder.glob(f"step_*{_STAGED}"):  # of a run that was killed
                 shutil.rmtree(path)
             staged.mkdir(parents=True)
 
         self._run_on_first(empty_folder)
         files = DirectFiles() if self._background is None else self._background.new_files()
-        with self._writing(staged):
+        written: WrittenFiles | None = None
+        with self._writing(staged, files):
             with self._on_device(policy):
                 live = dict(policy.save(staged, state.counters, files))
             if self._carried is not None and state.carried is not None:
@@ -188,12 +188,14 @@ class CheckpointManager:
                     live[_CRITIC] = self._critic.save(staged / _CRITIC, {}, files)["."]
             if self._each_machine:
                 share_small_files(staged, leads=self._is_first)
-        save = _Save(staged, state.step, live, in_background=isinstance(files, CopiedFiles))
-        if isinstance(files, CopiedFiles):
-            assert self._background is not None, "it has made the sink"
+            if isinstance(files, DirectFiles):
+                written = read_back(staged, live, files, threads=digest_threads())
+                written.require_flushed()
+        save = _Save(staged, state.step, live, in_background=written is None)
+        if written is not None:
+            self._describe(save, written)
+        elif isinstance(files, CopiedFiles) and self._background is not None:
             self._background.start(files, staged, live)
-        else:
-            self._describe(save, read_back(staged, live, files, threads=digest_threads()))
         self._save = save
 
     def publish(self, *, wait: bool) -> None:
@@ -213,6 +215,8 @@ class CheckpointManager:
             try:
                 with self._writing(save.folder):
                     written = self._background.result(wait=wait)
+                    if written is not None:
+                        written.require_flushed()
             except RuntimeError:
                 self._save = None
                 raise
@@ -227,14 +231,20 @@ class CheckpointManager:
     def delete_all(self) -> None:
         """Delete all checkpoints in the folder, and the folder. Collective."""
         self.published_step = 0
+        self.wait_for_removal()
         self._run_on_first(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+
+    def wait_for_removal(self) -> None:
+        """Wait until old checkpoints are deleted. Collective; the ranks exchange messages all the time."""
+        while any(any_rank(self._removal.is_running)):
+            time.sleep(_POLL_SECONDS)
 
     def path_of(self, step: int) -> Path:
         """Return the folder of the visible checkpoint after `step` steps."""
         return self._folder / f"step_{step:06d}"
 
     def close(self) -> None:
-        """Stop a save in flight, and wait for deletions. Not collective: another rank may have failed."""
+        """Stop a save in flight, and wait a short time for deletions. Not collective: another rank may have failed."""
         if self._background is not None:
             self._background.stop()
         self._removal.wait(_CLOSE_SECONDS)
@@ -306,18 +316,21 @@ class CheckpointManager:
             final.rename(replaced)
         staged.rename(final)
         sync_folder(self._folder)
-        complete = sorted((p.parent for p in self._folder.glob(f"step_*/{COMPLETE}")), key=_step_of)
-        visible = [path for path in complete if path != replaced]
-        old = [path for path in visible[: -self._keep] if path != final]
-        self._removal.start([*old, *([replaced] if replaced.exists() else [])])
+        found = (path.parent for path in self._folder.glob(f"step_*/{COMPLETE}"))
+        complete = sorted((path for path in found if not path.suffix), key=_step_of)
+        old = [path for path in complete[: -self._keep] if path != final]
+        replaced_ones = [path for path in self._folder.glob("step_*.replaced") if path.with_suffix("").exists()]
+        self._removal.start(self._folder, [*old, *replaced_ones])
 
     @contextmanager
-    def _writing(self, staged: Path) -> Iterator[None]:
+    def _writing(self, staged: Path, files: FileSink | None = None) -> Iterator[None]:
         """Say what could not be written and how much space there is, and remove what was written. A failure ends the
-        run with the checkpoints of earlier steps unchanged."""
+        run with the checkpoints of earlier steps unchanged. `files`: sink that is closed then."""
         try:
             yield
         except (OSError, RuntimeError, AssertionError, CheckpointException) as error:
+            if files is not None:
+                files.abandon()
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason, needed = lines[-1] if lines else type(error).__name__, ""
             free = shutil.disk_usage(self._folder).free

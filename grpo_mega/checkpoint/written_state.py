@@ -26,6 +26,7 @@ from grpo_mega.formats.checkpoint_manifest import FileRecord, listed_files, reco
 from grpo_mega.formats.file_parts import write_file
 from grpo_mega.formats.torch_dist_reader import StoredChunk, TorchDistFiles
 from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
+from grpo_mega.parallel.ranks import first_error
 from grpo_mega.types import FileSink, StateRecords, TensorRecord, TensorSlice, UserError
 
 _SHARD_NAME = re.compile(r"__(\d+)_\d+\.distcp")
@@ -42,11 +43,22 @@ class WrittenFiles:
         sums: (folder, tensor) -> sum of the digests of the chunks in these files.
         records: path in the checkpoint -> record of the file.
         problem: why a file could not be read, or empty.
+        flush_error: why a file could not be flushed to disk, or empty.
     """
 
     sums: dict[tuple[str, str], int] = field(default_factory=dict)
     records: dict[str, FileRecord] = field(default_factory=dict)
     problem: str = ""
+    flush_error: str = ""
+
+    def require_flushed(self) -> None:
+        """Check that the files of all ranks are on the disk. Collective.
+
+        Raises:
+            RuntimeError: on every rank, if one could not be flushed (names it).
+        """
+        if error := first_error(self.flush_error):
+            raise RuntimeError(error)
 
 
 @dataclass(frozen=True)
@@ -74,7 +86,7 @@ def read_back(
     names = [name for name in listed_files(folder) if _owner(name) == rank]
     try:
         with ThreadPoolExecutor(1) as flushing, ThreadPoolExecutor(threads) as pool:
-            flushed = flushing.submit(_flush, files, [folder / name for name in names])
+            flushed = flushing.submit(_flush, files, [folder / name for name in names], each)
             records = pool.map(record_of, [folder / name for name in names])
             sums: dict[tuple[str, str], int] = {}
             for place in live:
@@ -85,18 +97,30 @@ def read_back(
                     for chunk, digest in zip(chunks, digests, strict=True):
                         key = place, chunk.name
                         sums[key] = wrap_int64(sums.get(key, 0) + digest)
-            flushed.result()
+            if error := flushed.result():
+                return WrittenFiles(flush_error=error)
             return WrittenFiles(sums, dict(zip(names, records, strict=True)))
     except (UserError, OSError) as error:
         return WrittenFiles(problem=str(error))
 
 
-def _flush(files: FileSink, paths: Sequence[Path]) -> None:
-    """Flush the files of the sink and those that Megatron has written itself."""
-    files.flush()
+def _flush(files: FileSink, paths: Sequence[Path], each: Callable[[], None]) -> str:
+    """Flush the files of the sink and those that Megatron has written itself; return what failed, or an empty string.
+
+    `each` is called after each file.
+    """
+    try:
+        files.flush(each)
+    except OSError as error:
+        return str(error)
     for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        each()
+    return ""
 
 
 def compare_with_live(folder: Path, live: StateRecords, mine: WrittenFiles) -> dict[str, FileRecord]:

@@ -88,11 +88,14 @@ def listed_files(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest and then the marker, and flush both and the folder to disk.
+    """Write the manifest and then the marker, and flush both and all folders to disk.
 
     Raises:
         OSError: the disk is full or read-only.
     """
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1).encode()
     for name, data in ((MANIFEST, text), (COMPLETE, _marker_of(text))):
         with (folder / name).open("wb") as file:

@@ -3,6 +3,7 @@
 `DirectFiles` writes a file at once and copies at most one tensor at a time to host memory. `CopiedFiles` copies all
 tensors of the files of one save to host memory, so that they can be written while the tensors change. Threads flush the
 files to disk while they are written, and until `flush` returns.
+A sink that raises an error has closed all files.
 Asserted by tests/unit/formats/test_file_parts.py.
 """
 
@@ -23,12 +24,45 @@ Part = bytes | Tensor
 _BATCH_BYTES, _BATCH_PARTS = 1 << 20, 256  # of one system call; at most 1,024 parts are allowed
 
 
+class _WrittenFiles:
+    """Files of a sink that are not flushed to the end."""
+
+    def __init__(self) -> None:
+        self._unflushed: list[BackgroundFlush] = []
+
+    def write(self, path: Path, parts: Iterable[bytes | memoryview], written: Callable[[int], None]) -> None:
+        """Write a file; if that fails, close all files."""
+        try:
+            self._unflushed.append(write_file(path, parts, written))
+        except BaseException:
+            self.abandon()
+            raise
+
+    def flush(self, flushed: Callable[[], None]) -> None:
+        """Flush all files, and close them. `flushed` is called after each file.
+
+        Raises:
+            OSError: a file cannot be flushed; all are closed.
+        """
+        try:
+            while self._unflushed:
+                self._unflushed.pop().finish()
+                flushed()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close all files."""
+        while self._unflushed:
+            self._unflushed.pop().abandon()
+
+
 class DirectFiles:
     """Writes each file when it is added."""
 
     def __init__(self) -> None:
         """Write no file yet."""
-        self._written: list[BackgroundFlush] = []
+        self._written = _WrittenFiles()
 
     def add_file(self, path: Path, parts: Sequence[Part]) -> None:
         """Write the file.
@@ -36,15 +70,19 @@ class DirectFiles:
         Raises:
             OSError: it cannot be written.
         """
-        self._written.append(write_file(path, (_in_host_memory(part) for part in parts)))
+        self._written.write(path, (_in_host_memory(part) for part in parts), lambda _: None)
 
-    def flush(self) -> None:
-        """Wait until all files are on the disk.
+    def flush(self, flushed: Callable[[], None] = lambda: None) -> None:
+        """Wait until all files are on the disk. `flushed` is called after each of them.
 
         Raises:
             OSError: a file cannot be flushed.
         """
-        _finish(self._written)
+        self._written.flush(flushed)
+
+    def abandon(self) -> None:
+        """Close all files: another rank has failed."""
+        self._written.abandon()
 
 
 class CopyMemory:
@@ -81,7 +119,7 @@ class CopiedFiles:
         memory.restart()
         self._memory = memory
         self._files: list[tuple[Path, list[bytes | list[Tensor]]]] = []
-        self._written: list[BackgroundFlush] = []
+        self._written = _WrittenFiles()
 
     def add_file(self, path: Path, parts: Sequence[Part]) -> None:
         """Copy the tensors of a file. When this returns, they may change."""
@@ -107,15 +145,19 @@ class CopiedFiles:
             OSError: a file cannot be written.
         """
         for path, parts in self._files:
-            self._written.append(write_file(path, (view for part in parts for view in _views(part)), written))
+            self._written.write(path, (view for part in parts for view in _views(part)), written)
 
-    def flush(self) -> None:
-        """Wait until all files are on the disk.
+    def flush(self, flushed: Callable[[], None] = lambda: None) -> None:
+        """Wait until all files are on the disk. `flushed` is called after each of them.
 
         Raises:
             OSError: a file cannot be flushed.
         """
-        _finish(self._written)
+        self._written.flush(flushed)
+
+    def abandon(self) -> None:
+        """Close all files: another rank has failed."""
+        self._written.abandon()
 
 
 def write_file(
@@ -128,8 +170,7 @@ def write_file(
     Raises:
         OSError: the file cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    flush = BackgroundFlush(descriptor)
+    flush = BackgroundFlush(path)
     try:
         waiting: list[memoryview] = []
         waiting_bytes = 0
@@ -139,21 +180,15 @@ def write_file(
                 waiting.append(view[start : start + _BATCH_BYTES])
                 waiting_bytes += len(waiting[-1])
                 if waiting_bytes >= _BATCH_BYTES or len(waiting) >= _BATCH_PARTS:
-                    _write_views(descriptor, waiting, written)
+                    _write_views(flush.descriptor, waiting, written)
                     flush.add(waiting_bytes)
                     waiting_bytes = 0
             del part, view  # a copy is freed before the next one is made
-        _write_views(descriptor, waiting, written)
+        _write_views(flush.descriptor, waiting, written)
     except BaseException:
         flush.abandon()
         raise
     return flush
-
-
-def _finish(flushes: list[BackgroundFlush]) -> None:
-    """Finish all flushes; the list is empty afterwards."""
-    while flushes:
-        flushes.pop().finish()
 
 
 def _write_views(descriptor: int, views: list[memoryview], written: Callable[[int], None]) -> None:

@@ -66,10 +66,10 @@ def state_records(sharded: Any, vocab_size: int) -> dict[str, TensorRecord]:
 
 def _digests(slices: Sequence[tuple[Tensor, TensorSlice]]) -> list[int]:
     """Return the digest of each slice. Those in host memory are computed by several threads."""
-    if not all(values.is_cpu for values, _ in slices):
-        return [slice_digest(*each) for each in slices]
     with ThreadPoolExecutor(digest_threads()) as pool:
-        return list(pool.map(lambda each: slice_digest(*each), slices))
+        of_host = {i: pool.submit(slice_digest, *each) for i, each in enumerate(slices) if each[0].is_cpu}
+        of_device = {i: slice_digest(*each) for i, each in enumerate(slices) if not each[0].is_cpu}
+        return [of_host[i].result() if i in of_host else of_device[i] for i in range(len(slices))]
 
 
 def _main_replicas(sharded: Any) -> Iterator[ShardedTensor]:

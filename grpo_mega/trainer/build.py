@@ -133,6 +133,8 @@ def building(
             critic = _make_critic(config, spec, model_folder, phases, ranks)
             checkpoints, local = make_managers(config, spec, run.folder, phases, critic, ranks, prompts)
             stack.callback(checkpoints.close)
+            if local is not None:
+                stack.callback(local.manager.close)
             state = _first_state(checkpoints, policy, run, prompts)
             engine = phases.start_engine(lambda: make_rebuildable_engine(config, model_folder, run.folder.logs, stack))
             with phases.reading_weights():

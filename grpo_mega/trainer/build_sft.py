@@ -138,6 +138,8 @@ def building_sft(
             phases = Phases(policy, engine_elsewhere=elsewhere)
             checkpoints, local = make_managers(config, spec, run.folder, phases, None, ranks)
             stack.callback(checkpoints.close)
+            if local is not None:
+                stack.callback(local.manager.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(examples.digest, same_run=run.status == "continued")
             if held_out is not None:

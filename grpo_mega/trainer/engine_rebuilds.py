@@ -3,8 +3,8 @@
 A failure on any rank is raised on all (`rollout.sampler.SamplingFailedError`). Then every rank closes its engine,
 builds it again, connects it with the policy, and receives the weights. The step is sampled again with the same seeds,
 so the run equals one without the failure. Processes of an engine that exited, or are stopped, while it slept are found
-before the next weight sync (`replace_lost`), and those that exit or are stopped during a sync after it (`push`). An
-engine of a server is connected again, after the server was started again (`push_to_servers`).
+before the next weight sync (`replace_lost`), and those that exit or are stopped during a sync after it
+(`repeat_if_lost`). An engine of a server is connected again, after the server was started again (`push_to_servers`).
 A failure of the device itself (a sticky CUDA error) cannot be repaired in the process: the rebuild fails, the run ends
 with exit code 1, and `launch/train.sh --restarts N` continues it.
 Asserted by tests/unit/trainer/test_engine_rebuilds.py and tests/e2e/test_engine_failure.py.

@@ -127,6 +127,8 @@ class SavePoints:
         if step in (self._saved_step, self._local_step):
             self._require_written()
         self._checkpoints.publish(wait=bool(self._stop_code) or step == self._last_step)
+        if step == self._last_step:
+            self._checkpoints.wait_for_removal()
         if self._local is not None:
             self._local.manager.publish(wait=True)
             if self._checkpoints.published_step > self._local.manager.published_step > 0:

@@ -3,8 +3,10 @@ incomplete checkpoint is ever visible."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -59,12 +61,19 @@ class HeldWriter:
 
 
 def open_manager(
-    rank: int, recorded: Recorded, layout: Layout, folder: Path, *, keep: int = 2, timeout_seconds: float = 60.0
+    rank: int,
+    recorded: Recorded,
+    layout: Layout,
+    folder: Path,
+    *,
+    keep: int = 2,
+    timeout_seconds: float = 60.0,
+    in_background: bool = True,
 ) -> tuple[Any, CheckpointManager]:
-    """Return a policy after one update, and a manager that saves in the background."""
+    """Return a policy after one update, and a manager that saves in the background, or while training waits."""
     policy = open_policy(rank, recorded, layout)
     train_on(rank, policy, recorded, layout, RATES[:1])
-    background = BackgroundSaves(timeout_seconds)
+    background = BackgroundSaves(timeout_seconds) if in_background else None
     manager = CheckpointManager(
         folder,
         keep,
@@ -301,3 +310,67 @@ def test_a_run_that_ends_leaves_no_writer(laboratory: Laboratory, tmp_path: Path
         assert seconds < 5
         assert not is_left
     assert RunFolder(tmp_path).complete_checkpoints() == {}
+
+
+def flush_to_a_broken_disk(
+    rank: int, recorded: Recorded, layout: Layout, folder: Path, in_background: bool
+) -> tuple[str, str, list[str]]:
+    """Save while rank 1 cannot flush a file; return kind and text of the error, and the folders."""
+    policy, manager = open_manager(rank, recorded, layout, folder, in_background=in_background)
+    manager.stage_if_due(policy, LoopState(1, 1), is_due=True)
+    manager.publish(wait=True)
+    broken = OSError(errno.EIO, "Input/output error") if rank == 1 else None
+    with mock.patch("grpo_mega.formats.background_flush.os.fsync", side_effect=broken):
+        try:
+            manager.stage_if_due(policy, LoopState(2, 2), is_due=True)
+            manager.publish(wait=True)
+        except RuntimeError as error:
+            return type(error).__name__, str(error), names_in(folder)
+    return "", "", []
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["waiting", "in background"])
+def test_a_file_that_cannot_be_flushed_is_named_on_all_ranks_and_the_save_is_removed(
+    laboratory: Laboratory, tmp_path: Path, in_background: bool
+) -> None:
+    folder, recorded = RunFolder(tmp_path).checkpoints, laboratory.recorded("qwen3")
+    for kind, message, names in laboratory.pool.call(2, flush_to_a_broken_disk, recorded, DP2, folder, in_background):
+        assert kind == "CheckpointWriteError"
+        assert "rank 1: [Errno 5] Input/output error" in message
+        assert "__1_0.distcp" in message or "__1_1.distcp" in message
+        assert "earlier checkpoints are unchanged" in message
+        assert names == ["step_000001"]
+    require_undamaged(folder / "step_000001")
+
+
+def save_beside_what_cannot_be_deleted(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[list[str]]:
+    """Save four times and keep one; old checkpoints cannot be deleted at first, and a kill left `.replaced`."""
+    policy, manager = open_manager(rank, recorded, layout, folder, keep=2)
+    seen, delete = [], shutil.rmtree
+
+    def delete_others(path: Path, **options: Any) -> None:
+        if path.name.startswith(".removed_"):
+            raise OSError("in use")
+        delete(path, **options)
+
+    with mock.patch("grpo_mega.checkpoint.removal.shutil.rmtree", delete_others):
+        for step in (1, 2, 3, 4):
+            manager.stage_if_due(policy, LoopState(step, step), is_due=True)
+            manager.publish(wait=True)
+            seen.append(names_in(folder))
+    if rank == 0:
+        shutil.copytree(folder / "step_000004", folder / "step_000004.replaced")
+    torch.distributed.barrier()
+    manager.stage_if_due(policy, LoopState(5, 5), is_due=True)
+    manager.publish(wait=True)
+    manager.wait_for_removal()
+    return [*seen, sorted(path.name for path in folder.iterdir())]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_or_was_replaced_changes_neither_the_next_saves_nor_what_is_kept(
+    laboratory: Laboratory, tmp_path: Path
+) -> None:
+    folder, recorded = RunFolder(tmp_path).checkpoints, laboratory.recorded("qwen3")
+    names = [f"step_{step:06d}" for step in range(6)]
+    for seen in laboratory.pool.call(2, save_beside_what_cannot_be_deleted, recorded, DP2, folder):
+        assert seen == [names[1:2], names[1:3], names[2:4], names[3:5], names[4:6]]

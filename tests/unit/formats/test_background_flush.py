@@ -23,7 +23,7 @@ def flushing(
     monkeypatch.setattr(background_flush, "_FLUSH_BYTES", 10)
     monkeypatch.setattr(background_flush, "_MAX_WAITING_BYTES", 20)
     monkeypatch.setattr(background_flush.os, "fdatasync", fdatasync)
-    flush = BackgroundFlush(os.open(path, os.O_WRONLY | os.O_CREAT))
+    flush = BackgroundFlush(path)
     try:
         yield flush
     except BaseException:
@@ -86,15 +86,14 @@ def test_an_error_of_the_flush_is_raised_at_the_end_at_the_latest(
 
     monkeypatch.setattr(background_flush, "_FLUSH_BYTES", 10)
     monkeypatch.setattr(background_flush.os, "fdatasync", fail_late)
-    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
-    flush = BackgroundFlush(descriptor)
+    flush = BackgroundFlush(tmp_path / "file")
     flush.add(10)
     assert begun.wait(30)
     go_on.set()
-    with pytest.raises(OSError, match="input/output error"):
+    with pytest.raises(OSError, match=r"input/output error: '.*file'"):
         flush.finish()
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
+        os.fstat(flush.descriptor)
 
 
 def test_closing_waits_for_the_flush_that_is_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -124,12 +125,22 @@ def test_a_flush_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
         files.flush()
 
 
-def test_no_file_stays_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["flushed", "abandoned", "a file fails", "a flush fails"])
+def test_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     before = set(os.listdir("/proc/self/fd"))
     files = DirectFiles()
     for name in "abc":
         files.add_file(tmp_path / name, [VALUES])
-    files.flush()
-    with pytest.raises(OSError, match="No space left"):
-        write_file(Path("/dev/full"), [b"content"])
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 3
+    if end == "flushed":
+        files.flush()
+    elif end == "abandoned":
+        files.abandon()
+    elif end == "a file fails":
+        with pytest.raises(OSError, match="No space left"):
+            files.add_file(Path("/dev/full"), [b"content"])
+    else:
+        monkeypatch.setattr(background_flush.os, "fsync", mock.Mock(side_effect=OSError(errno.EIO, "broken")))
+        with pytest.raises(OSError, match="broken"):
+            files.flush()
     assert set(os.listdir("/proc/self/fd")) == before
