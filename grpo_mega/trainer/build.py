@@ -131,10 +131,7 @@ def building(
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.needs_reference)
             phases = Phases(policy, engine_elsewhere=config.engine.placement == "server")
             critic = _make_critic(config, spec, model_folder, phases, ranks)
-            checkpoints, local = make_managers(config, spec, run.folder, phases, critic, ranks, prompts)
-            stack.callback(checkpoints.close)
-            if local is not None:
-                stack.callback(local.manager.close)
+            checkpoints, local = make_managers(config, spec, run.folder, phases, critic, ranks, stack, prompts)
             state = _first_state(checkpoints, policy, run, prompts)
             engine = phases.start_engine(lambda: make_rebuildable_engine(config, model_folder, run.folder.logs, stack))
             with phases.reading_weights():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from grpo_mega.checkpoint.background import BackgroundSaves
@@ -60,6 +61,7 @@ def make_managers(
     phases: Phases,
     critic: Critic | None,
     ranks: Ranks,
+    stack: ExitStack,
     prompts: PromptDataset | None = None,
 ) -> tuple[CheckpointManager, LocalSaves | None]:
     """Return the manager of the run folder's checkpoints, and the local checkpoints or None. Collective.
@@ -71,15 +73,18 @@ def make_managers(
         phases: moves policy and critic to the device while they are saved.
         critic: critic of this rank, if any.
         ranks: coordinates of this rank.
+        stack: closes both managers.
         prompts: see `make_checkpoints`.
     """
     manager = make_checkpoints(config, spec, run.checkpoints, phases, critic, ranks, prompts)
+    stack.callback(manager.close)
     every, local_dir = config.checkpoint.local_every, config.checkpoint.local_dir
     if every is None or local_dir is None:
         return manager, None
     leads = leads_machine()
     folder = open_local_folder(Path(local_dir), run, ranks, leads=leads)
     local = make_checkpoints(config, spec, folder, phases, critic, ranks, prompts, leads=leads)
+    stack.callback(local.close)
     return manager, LocalSaves(local, every)
 
 

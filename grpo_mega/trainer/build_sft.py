@@ -136,10 +136,7 @@ def building_sft(
             # nothing shares the devices with the policy without an engine, so it stays there between the steps
             elsewhere = held_out is None or config.engine.placement == "server"
             phases = Phases(policy, engine_elsewhere=elsewhere)
-            checkpoints, local = make_managers(config, spec, run.folder, phases, None, ranks)
-            stack.callback(checkpoints.close)
-            if local is not None:
-                stack.callback(local.manager.close)
+            checkpoints, local = make_managers(config, spec, run.folder, phases, None, ranks, stack)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(examples.digest, same_run=run.status == "continued")
             if held_out is not None:

@@ -38,6 +38,9 @@ class Recorder:
         self.calls.append("wait" if wait else "publish")
         self.published_step = self.staged_step
 
+    def wait_for_removal(self) -> None:
+        self.calls.append("removed")
+
     def delete_all(self) -> None:
         self.calls.append("delete")
         self.published_step = self.staged_step = 0
@@ -74,7 +77,7 @@ def make_steps(points: SavePoints, first: int, last: int) -> None:
 def test_due_steps_are_saved_and_the_last_one_is_waited_for() -> None:
     recorder = Recorder()
     make_steps(points_of(recorder), 1, 5)
-    assert recorder.calls == ["publish", "publish", 3, "publish", "publish", 5, "wait"]
+    assert recorder.calls == ["publish", "publish", 3, "publish", "publish", 5, "wait", "removed"]
 
 
 def test_half_an_hour_without_a_checkpoint_makes_one_due() -> None:
