@@ -31,7 +31,7 @@ def test_a_folder_is_invisible_at_once_and_deleted_later(tmp_path: Path, monkeyp
     deletions = CheckpointRemoval()
     deletions.start(tmp_path, [_checkpoint(tmp_path, 1), _checkpoint(tmp_path, 2)])
     assert not list(tmp_path.glob("step_*"))
-    assert len(list(tmp_path.iterdir())) == 2, "deleted before it was asked to go on"
+    assert len(list(tmp_path.iterdir())) == 2, "deleted too early"
     assert deletions.is_running
     deletions.wait(0.01)
     assert deletions.is_running
