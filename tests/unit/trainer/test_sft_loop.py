@@ -66,6 +66,9 @@ class Recorder:
         if self.staged is not None:
             self.calls.append(f"{self.staged}{', waited' if wait else ''}")
 
+    def wait_for_removal(self) -> None:
+        self.calls.append("old checkpoints deleted")
+
     def training_starts(self) -> None:
         self.calls.clear()
 
@@ -122,7 +125,7 @@ def test_a_step_updates_then_evaluates_then_reports_then_publishes_its_checkpoin
         *("device", "update", "step"),
         *("device", "update", "evaluate 2", "evaluation", "step"),
         *("device", "update", "step", "checkpoint 3 of version 3"),
-        *("device", "update", "step", "checkpoint 4 of version 4, waited"),
+        *("device", "update", "step", "checkpoint 4 of version 4, waited", "old checkpoints deleted"),
     ], "the last evaluation is outside of the loop"
     assert [call[1:] for call in recorder.calls if call[0] == "update"] == [(4, r) for r in (1.0, 0.9, 0.8, 0.7)]
     first_epoch = [i for call in recorder.calls if call[0] == "step" for i in call[2]][:4]
