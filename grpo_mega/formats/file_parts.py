@@ -24,13 +24,13 @@ Part = bytes | Tensor
 _BATCH_BYTES, _BATCH_PARTS = 1 << 20, 256  # of one system call; at most 1,024 parts are allowed
 
 
-class _WrittenFiles:
+class _UnflushedFiles:
     """Files of a sink that are not flushed to the end."""
 
     def __init__(self) -> None:
         self._unflushed: list[BackgroundFlush] = []
 
-    def write(self, path: Path, parts: Iterable[bytes | memoryview], written: Callable[[int], None]) -> None:
+    def _write_file(self, path: Path, parts: Iterable[bytes | memoryview], written: Callable[[int], None]) -> None:
         """Write a file; if that fails, close all files."""
         try:
             self._unflushed.append(write_file(path, parts, written))
@@ -38,7 +38,7 @@ class _WrittenFiles:
             self.abandon()
             raise
 
-    def flush(self, flushed: Callable[[], None]) -> None:
+    def flush(self, flushed: Callable[[], None] = lambda: None) -> None:
         """Flush all files, and close them. `flushed` is called after each file.
 
         Raises:
@@ -57,12 +57,8 @@ class _WrittenFiles:
             self._unflushed.pop().abandon()
 
 
-class DirectFiles:
+class DirectFiles(_UnflushedFiles):
     """Writes each file when it is added."""
-
-    def __init__(self) -> None:
-        """Write no file yet."""
-        self._written = _WrittenFiles()
 
     def add_file(self, path: Path, parts: Sequence[Part]) -> None:
         """Write the file.
@@ -70,19 +66,7 @@ class DirectFiles:
         Raises:
             OSError: it cannot be written.
         """
-        self._written.write(path, (_in_host_memory(part) for part in parts), lambda _: None)
-
-    def flush(self, flushed: Callable[[], None] = lambda: None) -> None:
-        """Wait until all files are on the disk. `flushed` is called after each of them.
-
-        Raises:
-            OSError: a file cannot be flushed.
-        """
-        self._written.flush(flushed)
-
-    def abandon(self) -> None:
-        """Close all files: another rank has failed."""
-        self._written.abandon()
+        self._write_file(path, (_in_host_memory(part) for part in parts), lambda _: None)
 
 
 class CopyMemory:
@@ -111,15 +95,15 @@ class CopyMemory:
         return self._buffers[at]
 
 
-class CopiedFiles:
+class CopiedFiles(_UnflushedFiles):
     """The files of one save on this rank, with copies of their tensors."""
 
     def __init__(self, memory: CopyMemory) -> None:
         """Copy into `memory`, which holds no other save any more."""
+        super().__init__()
         memory.restart()
         self._memory = memory
         self._files: list[tuple[Path, list[bytes | list[Tensor]]]] = []
-        self._written = _WrittenFiles()
 
     def add_file(self, path: Path, parts: Sequence[Part]) -> None:
         """Copy the tensors of a file. When this returns, they may change."""
@@ -145,19 +129,7 @@ class CopiedFiles:
             OSError: a file cannot be written.
         """
         for path, parts in self._files:
-            self._written.write(path, (view for part in parts for view in _views(part)), written)
-
-    def flush(self, flushed: Callable[[], None] = lambda: None) -> None:
-        """Wait until all files are on the disk. `flushed` is called after each of them.
-
-        Raises:
-            OSError: a file cannot be flushed.
-        """
-        self._written.flush(flushed)
-
-    def abandon(self) -> None:
-        """Close all files: another rank has failed."""
-        self._written.abandon()
+            self._write_file(path, (view for part in parts for view in _views(part)), written)
 
 
 def write_file(
