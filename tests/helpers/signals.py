@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,6 +33,30 @@ def beat_of(process: psutil.Process, rank: int) -> Beat:
 def engine_process(rank: psutil.Process, name: str) -> psutil.Process:
     """Return the process of the rank's engine whose command line contains `name`."""
     return next(each for each in rank.children(recursive=True) if name in " ".join(each.cmdline()))
+
+
+def stop_process(pid: int) -> None:
+    """Send SIGSTOP and wait until all threads are stopped: a thread on another processor runs on for a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    _wait_for_threads(pid, lambda state: state == "T")
+
+
+def continue_process(pid: int) -> None:
+    """Send SIGCONT and wait until no thread is stopped."""
+    os.kill(pid, signal.SIGCONT)
+    _wait_for_threads(pid, lambda state: state != "T")
+
+
+def _wait_for_threads(pid: int, is_reached: Callable[[str], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not all(is_reached(state) for state in _thread_states(pid)):
+        assert time.monotonic() < deadline, f"process {pid}: its threads have the states {_thread_states(pid)}"
+        time.sleep(0.005)
+
+
+def _thread_states(pid: int) -> list[str]:
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [(each / "stat").read_text().rpartition(")")[2].split()[0] for each in threads]
 
 
 def act_in_phase(job: psutil.Popen, phase: str, step: int, action: Callable[[psutil.Process], object]) -> None:

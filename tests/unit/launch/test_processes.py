@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from grpo_mega.launch import processes
+from tests.helpers.signals import stop_process
 
 PROGRAM = """
 import signal, subprocess, sys, time
@@ -32,8 +32,7 @@ def test_a_process_is_found_by_its_folder_with_its_children_its_state_and_its_ha
         assert not processes.catches(child, signal.SIGUSR2)
         assert "time.sleep(60)" in processes.command_line(child)
         assert processes.state(process.pid) in "RSD"
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(0.2)
+        stop_process(process.pid)
         assert processes.state(process.pid) == "T"
         for pid in (process.pid, child):
             processes.kill(pid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 from grpo_mega.launch.stall_report import awaited_ranks, collect_stacks, is_waiting, make_report
 from grpo_mega.launch.stall_watch import RankStatus
 from grpo_mega.parallel.heartbeat import FOLDER_VARIABLE, OTHER_RANKS, make_heartbeats
+from tests.helpers.signals import stop_process
 
 OTHER_THREAD = 'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/c10d.py", line 1 in f\n\n'
 IN_COLLECTIVE = (
@@ -97,8 +97,7 @@ def test_stacks_of_a_process_that_answers_one_that_is_stopped_and_one_without_a_
         for process in started:
             assert process.stdout is not None
             process.stdout.readline()
-        started[1].send_signal(signal.SIGSTOP)
-        time.sleep(0.2)
+        stop_process(started[1].pid)
         begin = time.monotonic()
         found = collect_stacks(tmp_path, [process.pid for process in started])
         assert time.monotonic() - begin < 5

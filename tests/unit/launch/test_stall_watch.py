@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from grpo_mega.launch import processes
 from grpo_mega.launch.stall_watch import RankStatus, StallLimits, StallWatch, has_stalled
 from grpo_mega.parallel import heartbeat
 from grpo_mega.parallel.heartbeat import RankHeartbeat, make_heartbeats
+from tests.helpers.signals import continue_process, stop_process
 
 
 class Clock:
@@ -171,16 +171,14 @@ def test_a_stopped_rank_is_late_after_a_minute_in_a_phase_that_was_never_measure
     clock = Clock()
     watched = watch(tmp_path, process, clock)
     status(watched)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(0.2)
+    stop_process(process.pid)
     clock.now += 59
     assert not has_stalled([status(watched)])
     clock.now += 2
     found = status(watched)
     assert (found.rank, found.stopped, found.limit_seconds) == (4, (process.pid,), 60.0)
     assert has_stalled([found])
-    process.send_signal(signal.SIGCONT)
-    time.sleep(0.2)
+    continue_process(process.pid)
     assert not has_stalled([status(watched)])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel import heartbeat
 from grpo_mega.parallel.heartbeat import Beat, RankHeartbeat, make_heartbeats, read_beats
 from grpo_mega.parallel.ports import free_port
+from tests.helpers.signals import stop_process
 
 RANK = """
 import os, sys, time
@@ -80,7 +80,7 @@ def test_collectives_and_stacks_of_ranks_that_wait_in_gloo_or_are_stopped(tmp_pa
     try:
         assert ranks[1].stdout is not None
         assert ranks[1].stdout.readline() == b"ready\n"
-        ranks[1].send_signal(signal.SIGSTOP)
+        stop_process(ranks[1].pid)
         waiting, stopped = read_beats(tmp_path)
         assert [waiting.pid, stopped.pid] == [rank.pid for rank in ranks]
         assert (waiting.phase, waiting.step) == (stopped.phase, stopped.step) == ("train", 1)

@@ -11,6 +11,7 @@ import pytest
 
 from grpo_mega.engines.sglang import engine_client
 from grpo_mega.engines.sglang.engine_client import SglangProcess
+from tests.helpers.signals import stop_process
 
 
 @pytest.fixture(autouse=True)
@@ -143,10 +144,7 @@ def test_a_process_of_sglang_that_stays_stopped_during_a_command_is_killed_and_n
 
 def test_a_lost_process_is_a_fault(tmp_path: Path) -> None:
     process = start(tmp_path / "log")
-    psutil.Process(process.pid).suspend()
-    deadline = time.monotonic() + 10
-    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
-        time.sleep(0.02)
+    stop_process(process.pid)
     assert process.fault() == f"SGLang's process {process.pid} is stopped (SIGSTOP, or a debugger)"
     psutil.Process(process.pid).kill()
     assert is_gone(process.pid)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from grpo_mega.engines.sglang.weight_server import WeightServer, WeightServerAdd
 from grpo_mega.engines.weights.loader_recording import LoaderRecord, record_loader
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import TensorSlice
+from tests.helpers.signals import stop_process
 
 SHAPES = {"query": ((4, 6), torch.float32), "key": ((2, 6), torch.float32), "table": ((5, 4), torch.bfloat16)}
 PADDED = 7  # rows of the table, of which a checkpoint has five
@@ -289,7 +289,7 @@ def test_a_scheduler_that_stays_stopped_is_named_before_the_timeout(
     assert client.fault() == ""
     monkeypatch.setattr(weight_client, "_STOPPED_SECONDS", 0.5)
     monkeypatch.setattr(weight_client, "_CHECK_SECONDS", 0.1)
-    os.kill(process.pid, signal.SIGSTOP)
+    stop_process(process.pid)
     with pytest.raises(SchedulerGoneError, match=r"has been stopped .* for 0.5 s while rank 3 waited for begin"):
         sink.begin_update()
     assert "has been stopped" in client.fault()
