@@ -70,6 +70,7 @@ class SglangProcess:
         self._connection = Connection(ours.detach())
         self._answer_pending = True  # at first the answer to the start
         self._stopped_since: float | None = None
+        self._children: list[psutil.Process] = []
         # half of the timeout: the process reports schedulers that do not become idle before this client gives up
         self._send(HostSettings(arguments, self._folder, tp, idle_seconds=timeout_seconds / 2))
 
@@ -85,6 +86,8 @@ class SglangProcess:
         """
         for _ in self._parts("start", _START_SECONDS, beat_seconds):
             yield None
+        with suppress(psutil.NoSuchProcess):
+            self._children = psutil.Process(self.pid).children()
 
     def call(self, command: str, *arguments: Any) -> Any:
         """Run one command in the process and return its answer.
@@ -123,6 +126,8 @@ class SglangProcess:
         """Return why the process cannot be used any more, or an empty string. Does not wait."""
         if self.has_exited:
             return f"SGLang's process {self.pid} exited with code {self._process.poll()}{self.last_words()}"
+        if (exited := self._exited_child()) is not None:
+            return f"SGLang's process {exited} exited{self.last_words()}"
         stopped = self._stopped()
         return "" if stopped is None else f"SGLang's process {stopped} is stopped (SIGSTOP, or a debugger)"
 
@@ -130,6 +135,7 @@ class SglangProcess:
         """End the process and its children. A second call does nothing."""
         if self._connection.closed:
             return
+        self._children = []  # from now on they are expected to exit
         with suppress(RuntimeError):
             self._timeout = min(self._timeout, _END_SECONDS)
             self.call("end")
@@ -190,7 +196,10 @@ class SglangProcess:
         return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self.last_words()}")
 
     def _require_running(self, command: str) -> None:
-        """Kill the process and raise RuntimeError if it, or one of its children, has been stopped for too long."""
+        """Kill the process and raise RuntimeError if a child has exited, or if one or it has been stopped too long."""
+        if (exited := self._exited_child()) is not None:
+            self._kill()
+            raise RuntimeError(f"SGLang's process {exited} exited during {command}{self.last_words()}")
         stopped = self._stopped()
         if stopped is None:
             self._stopped_since = None
@@ -204,6 +213,19 @@ class SglangProcess:
             f"SGLang's process {stopped} has been stopped (SIGSTOP, or a debugger) for {_STOPPED_SECONDS:g} s during "
             f"{command}{self.last_words()}"
         )
+
+    def _exited_child(self) -> int | None:
+        """Return the first process that SGLang started and that has exited: a scheduler or the detokenizer.
+
+        SGLang notices it too, but the signal by which it ends itself is lost while its event loop does not run, which
+        is the case between two commands.
+        """
+        for child in self._children:
+            with suppress(psutil.NoSuchProcess):
+                if child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+                    continue
+            return int(child.pid)
+        return None
 
     def _stopped(self) -> int | None:
         """Return the first process of SGLang that is stopped."""

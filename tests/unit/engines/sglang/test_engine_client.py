@@ -142,6 +142,23 @@ def test_a_process_of_sglang_that_stays_stopped_during_a_command_is_killed_and_n
     process.close()
 
 
+@pytest.mark.parametrize("is_call", [False, True])
+def test_a_process_that_sglang_started_and_that_exits_is_named_and_the_others_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_call: bool
+) -> None:
+    monkeypatch.setattr(engine_client, "_CHECK_SECONDS", 0.1)
+    process = start(tmp_path / "log")
+    child = process.call("child")
+    assert process.fault() == ""
+    psutil.Process(child).kill()
+    assert is_gone(child)
+    assert process.fault().startswith(f"SGLang's process {child} exited; the end of ")
+    with pytest.raises(RuntimeError, match=rf"SGLang's process {child} exited during stall; the end of "):
+        process.call("stall") if is_call else list(process.stream("stall", beat_seconds=0.1))
+    assert is_gone(process.pid)
+    process.close()
+
+
 def test_a_lost_process_is_a_fault(tmp_path: Path) -> None:
     process = start(tmp_path / "log")
     stop_process(process.pid)
