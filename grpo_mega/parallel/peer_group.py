@@ -54,7 +54,8 @@ def _no_check() -> None:
 class PeerGroup:
     """A group of ranks that includes this rank.
 
-    `check_others` raises RuntimeError when another rank is known to be gone; long waits call it every second.
+    `check_others` raises RuntimeError when another rank is known to be gone; long waits call it every second. Functions
+    of torch.distributed are not used: they replace the error of a group that it does not know by a ValueError.
     """
 
     group: dist.ProcessGroup
@@ -73,12 +74,12 @@ class PeerGroup:
         """Return one object from every rank, in the order of the ranks. Collective."""
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.group)
+        self.group.allgather([sizes], [torch.tensor([mine.numel()])]).wait()
         longest = max(int(size) for size in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: mine.numel()] = mine
         found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(found, padded, group=self.group)
+        self.group.allgather([found], [padded]).wait()
         return [
             cast("T", read_plain(each[: int(size)].numpy().tobytes())) for each, size in zip(found, sizes, strict=True)
         ]
@@ -96,7 +97,7 @@ class PeerGroup:
         be that use: a rank that sends and receives none in the first round would not take part, and the others would
         wait for it.
         """
-        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+        self.group.allreduce([torch.zeros(1, device=device)]).wait()
 
     def report_failure(self, reason: str) -> None:
         """Have all ranks that wait in `await_keys` raise PeerFailedError with this text. Does nothing without a store.

@@ -75,6 +75,20 @@ def test_the_rendezvous_ends_when_another_rank_has_exited(rank_pool: RankPool) -
     assert rank_pool.call(1, join_alone, "host:7 is gone") == ["host:7 is gone"]
 
 
+def gather_alone(rank: int, folder: Path) -> str:
+    peers = join_peers(open_common_store(rank, folder), rank, ["rank 0", "rank 1"], 5.0)
+    if rank == 1:
+        return ""
+    with pytest.raises(RuntimeError) as caught:  # not the ValueError of torch.distributed's own functions
+        peers.gather("rank 1 does not take part")
+    return str(caught.value)
+
+
+def test_a_gather_without_one_of_the_ranks_is_an_error_of_the_group(rank_pool: RankPool, tmp_path: Path) -> None:
+    message, _ = rank_pool.call(2, gather_alone, tmp_path)
+    assert "not initialized in the world group map" not in message
+
+
 def wait_for_each_other(rank: int, folder: Path) -> str:
     """Rank 1 reports a failure, which ends the wait of rank 0 before its timeout."""
     peers = PeerGroup(job_peer_group().group, open_common_store(rank, folder))
