@@ -136,7 +136,7 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
         UserError: the config or an override is not valid, or the run had no evaluation and --data is missing.
     """
     values = copy.deepcopy(checkpoint.values)
-    engine = {**(values.get("engine") or {}), "placement": "colocated", "urls": []}
+    engine = {**(values.get("engine") or {}), "placement": "colocated", "urls": [], "spare_urls": []}
     seed = (values.get("run") or {}).get("seed", 0) if args.seed is None else args.seed
     run = {"world_size": _num_ranks(checkpoint), "seed": seed}
     values |= {"engine": engine, "parallel": {}, "checkpoint": {}, "run": run}
@@ -195,7 +195,7 @@ def _require_gpus(config: Config) -> None:
 
 _COMPARED = ("run.seed", "run.world_size", "engine.*", "sampling.*", "data.*", "reward.*", "environment*",
              "evaluation.*", "precision.*")  # fmt: skip
-_NOT_COMPARED = ("data.train", "evaluation.every", "engine.placement", "engine.urls")
+_NOT_COMPARED = ("data.train", "evaluation.every", "engine.placement", "engine.urls", "engine.spare_urls")
 
 
 def differences(config: Config, checkpoint: Checkpoint) -> list[str]:

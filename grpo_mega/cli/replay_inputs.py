@@ -175,7 +175,8 @@ def _config_of(folder: RunFolder, values: dict[str, Any], layout: Layout | None)
     values["run"] = {**(values.get("run") or {}), "world_size": world or 1}
     overrides: list[str] = []
     if layout is not None:
-        engine = {**(values.get("engine") or {}), "placement": "colocated", "urls": [], "tp": 1, "dp": 1}
+        colocated = {"placement": "colocated", "urls": [], "spare_urls": [], "tp": 1, "dp": 1}
+        engine = {**(values.get("engine") or {}), **colocated}
         values |= {"parallel": {}, "engine": engine}
         overrides = list(layout.overrides)
     try:

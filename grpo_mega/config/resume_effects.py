@@ -49,6 +49,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "parallel",
         "engine.placement",
         "engine.urls",
+        "engine.spare_urls",
         "engine.tp",
         "engine.dp",
         "engine.ep",

@@ -27,6 +27,8 @@ class EngineConfig(Section):
     on other devices, started by launch/serve.sh (docs/servers.md); needs `engine.kind=vllm`."""
     urls: tuple[str, ...] = Field((), strict=False)
     """Addresses `host:port` of the engine servers. Each server serves an equal, contiguous part of the ranks."""
+    spare_urls: tuple[str, ...] = Field((), strict=False)
+    """Addresses of servers that wait: each takes the place of a server of `urls` that is lost or does not start."""
     tp: int = Field(1, ge=1)
     """Tensor-parallel ranks of the engine. They sample the same rollouts."""
     dp: int = Field(1, ge=1)

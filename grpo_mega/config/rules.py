@@ -176,11 +176,12 @@ def _overlap(config: Config) -> None:
 def _servers(config: Config) -> None:
     engine, world = config.engine, config.run.world_size
     if engine.placement == "colocated":
-        if engine.urls:
-            raise UserError(
-                f"engine.urls={list(engine.urls)} does nothing with engine.placement=colocated",
-                remedy="set engine.placement=server, or remove engine.urls",
-            )
+        for key, urls in (("engine.urls", engine.urls), ("engine.spare_urls", engine.spare_urls)):
+            if urls:
+                raise UserError(
+                    f"{key}={list(urls)} does nothing with engine.placement=colocated",
+                    remedy=f"set engine.placement=server, or remove {key}",
+                )
         return
     if engine.kind != "vllm":
         raise UserError(
@@ -199,9 +200,11 @@ def _servers(config: Config) -> None:
             remedy="start launch/serve.sh with this config on other devices, and list the addresses that it prints: "
             "engine.urls=[host:port, ...]",
         )
-    if len(set(engine.urls)) < len(engine.urls):
+    named = [*engine.urls, *engine.spare_urls]
+    if len(set(named)) < len(named):
+        spare = f" and engine.spare_urls={list(engine.spare_urls)}" if engine.spare_urls else ""
         raise UserError(
-            f"engine.urls={list(engine.urls)} must name each server once", remedy="remove the repeated address"
+            f"engine.urls={list(engine.urls)}{spare} must name each server once", remedy="remove the repeated address"
         )
     if world is not None:
         require_equal_parts(world, len(engine.urls))

@@ -17,6 +17,8 @@ from grpo_mega.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from grpo_mega.engines.server.protocol import NamedServer
+
 _QUESTION = "What is 2 + 3?"
 
 
@@ -82,28 +84,27 @@ def check_rewards(config: Config) -> Finding:
 
 def check_servers(config: Config) -> list[Finding]:
     """Check that the engine servers answer, fit this config, and serve no other job."""
-    from grpo_mega.engines.server.client import inspect_server
+    from grpo_mega.engines.server.claim import inspect_server
     from grpo_mega.engines.server.messages import differences, serving_facts
-    from grpo_mega.engines.server.protocol import Address, read_token
+    from grpo_mega.engines.server.protocol import configured_servers, read_token
 
     found = []
-    for i, url in enumerate(config.engine.urls if config.engine.placement == "server" else ()):
-        name = f"engine.urls[{i}]"
+    for server in configured_servers(config.engine):
 
-        def check(name: str = name, url: str = url) -> str:
-            status = inspect_server(f"{name}={url}", Address.parse(url, name), read_token())
+        def check(server: NamedServer = server) -> str:
+            status = inspect_server(server, read_token())
             facts = status.facts
             # a tiny base has no folder before a job has pre-trained it
             wanted = serving_facts(config, config.model.folder) if config.model.path is not None else facts
             if different := differences(wanted, facts):
-                raise UserError(f"{url} has {', '.join(different)}", remedy="start it with this config")
+                raise UserError(f"{server.url} has {', '.join(different)}", remedy="start it with this config")
             if status.job is not None:
                 raise UserError(
-                    f"{url} serves another job ({status.job})", remedy="wait for its end, or name another server"
+                    f"{server.url} serves another job ({status.job})", remedy="wait for its end, or name another server"
                 )
-            return f"{url} is an engine server of version {facts.program_version}, and free"
+            return f"{server.url} is an engine server of version {facts.program_version}, and free"
 
-        found.append(tried(name, check))
+        found.append(tried(server.key, check))
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.pass_through import check_engine_args
-from grpo_mega.engines.server.protocol import Address, read_token, require_token
+from grpo_mega.engines.server.protocol import configured_servers, read_token, require_token
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.devices import has_cuda_driver, num_usable_gpus
 from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout, check_policy_blocks
@@ -107,14 +107,13 @@ def check_engine_model(spec: ModelSpec, config: Config) -> None:
 
 
 def check_server_addresses(config: Config) -> None:
-    """Check the addresses in `engine.urls`.
+    """Check the addresses in `engine.urls` and `engine.spare_urls`.
 
     Raises:
         UserError: one is not an address, or it is on another machine and no secret is set.
     """
-    urls = config.engine.urls if config.engine.placement == "server" else ()
-    for i, url in enumerate(urls):
-        require_token(Address.parse(url, f"engine.urls[{i}]").host, read_token(), f"engine.urls[{i}]={url}")
+    for server in configured_servers(config.engine):
+        require_token(server.address.host, read_token(), server.name)
 
 
 def _check_sglang_on_this_machine(config: Config) -> None:

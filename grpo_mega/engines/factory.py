@@ -28,6 +28,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
     if config.engine.placement == "server":
         return ServerEngine(
             config.engine.urls,
+            spare_urls=config.engine.spare_urls,
             tp=config.engine.tp,
             facts=serving_facts(config, model_folder),
             max_model_len=config.longest_rollout,

@@ -252,7 +252,6 @@ class EngineRebuilds:
 
         Raises:
             WeightMismatchError: the weights differ, or the engine of a server failed.
-            SamplingFailedError: of `push`, which waits for sampling in the background.
             RuntimeError: the sync failed more often than allowed, or no server is available.
         """
         while True:
@@ -260,7 +259,7 @@ class EngineRebuilds:
             result: T | None = None
             try:
                 result = push()
-            except (WeightMismatchError, SamplingFailedError):  # on every rank
+            except WeightMismatchError:  # on every rank
                 raise
             except RuntimeError as error:
                 failure = str(error)

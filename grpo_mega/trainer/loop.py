@@ -270,7 +270,7 @@ def sync_weights(job: TrainerState, state: LoopState) -> SyncReport:
     """Send the policy's weights to the engines between two steps, as `send_weights`. Collective.
 
     Lost engines are replaced first. If the engines sample in the background, sampling is paused instead, between two
-    slices: it uses the engines all the time, so it finds a lost engine by itself.
+    slices, also while a lost server is replaced: it uses the engines all the time, so it finds a lost one by itself.
 
     Raises:
         WeightMismatchError, RuntimeError: see `send_weights` and `EngineRebuilds.sample`.
@@ -282,7 +282,7 @@ def sync_weights(job: TrainerState, state: LoopState) -> SyncReport:
 
     def push() -> SyncReport:
         with paused():
-            return push_weights(job, state)
+            return send_weights(job, state)
 
     return job.engines.sample(push, lambda: send_weights(job, state))
 

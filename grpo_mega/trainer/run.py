@@ -18,7 +18,7 @@ from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.example_dataset import ExampleDataset
-from grpo_mega.engines.server.protocol import Address
+from grpo_mega.engines.server.protocol import configured_servers
 from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.parameter_tables import hf_shapes
@@ -117,8 +117,7 @@ def _log_start(run: RunState, steps: int) -> None:
 
 
 def _has_remote_servers(config: Config) -> bool:
-    addresses = (Address.parse(url, "engine.urls") for url in config.engine.urls)
-    return any(not address.is_loopback for address in addresses)
+    return any(not server.address.is_loopback for server in configured_servers(config.engine))
 
 
 def _building(

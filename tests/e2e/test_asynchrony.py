@@ -19,6 +19,7 @@ from grpo_mega.parallel.ports import free_port
 from tests.helpers.chaos_runs import disturb
 from tests.helpers.jobs import SMALL, read_lines, rollouts_of, run_job, run_job_successfully, running_job, wait_for_step
 from tests.helpers.servers import RunningServer, serving
+from tests.helpers.signals import act_in_phase
 
 STEPS, UPDATES, PER_STEP, GROUP = 6, 2, 8, 8
 LIMIT = "guard.timeout_seconds=120"
@@ -98,6 +99,25 @@ def test_a_server_that_was_started_again_continues_the_rollouts_of_the_one_that_
         assert job.wait(400) == 0, (tmp_path / "log.err").read_text()[-3000:]
     assert "the engines are rebuilt (1 of 2)" in (tmp_path / "log.err").read_text()
     assert read_prompt_use(run).problems() == []
+
+
+@pytest.mark.parametrize("phase", ["train", pytest.param("sync", marks=pytest.mark.long)])
+def test_a_spare_server_continues_the_rollouts_of_a_server_that_was_killed(
+    server: RunningServer, tmp_path: Path, phase: str
+) -> None:
+    run = tmp_path / "run"
+    with serving([*SMALL, LIMIT, "engine.max_num_seqs=2"], tmp_path / "server", seconds=400.0) as own:
+        spare = f"engine.spare_urls=['{server.url}']"
+        with running_job([*arguments(own, run), spare], tmp_path / "log") as job:
+            act_in_phase(job, phase, 2, lambda _: own.process.kill())
+            assert job.wait(400) == 0, (tmp_path / "log.err").read_text()[-3000:]
+    shown = (tmp_path / "log.err").read_text()
+    assert f"engine.spare_urls[0]={server.url} takes the place of the engine server engine.urls[0]={own.url}" in shown
+    assert "the engines are rebuilt (1 of 2)" in shown
+    assert ("the weight sync failed: " in shown) == (phase == "sync")
+    use = read_prompt_use(run)
+    assert len(use.trained) == STEPS * PER_STEP
+    assert use.problems() == []
 
 
 HANGING_REWARD = """

@@ -50,7 +50,7 @@ def undisturbed_sglang(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("victim", "number", "phase", "reason"),
     [
         pytest.param("engine_process", signal.SIGKILL, "rollout", "exited with code -9 during sample", id="kill"),
-        pytest.param("sglang::scheduler", signal.SIGKILL, "rollout", "SGLang", id="kill the scheduler"),
+        pytest.param("sglang::scheduler", signal.SIGKILL, "rollout", "SGLang's process", id="kill the scheduler"),
         pytest.param("sglang::scheduler", signal.SIGSTOP, "rollout", "has been stopped (SIGSTOP", id="stop"),
         pytest.param("engine_process", signal.SIGKILL, "train", "exited with code -9", id="kill while it sleeps"),
         pytest.param("sglang::scheduler", signal.SIGSTOP, "train", "is stopped (SIGSTOP", id="stop while it sleeps"),
@@ -99,6 +99,27 @@ def test_a_server_that_was_killed_and_started_again_at_its_address_continues_to_
         assert job.wait(300) == 0, (tmp_path / "log.err").read_text()[-3000:]
     shown = (run / "logs" / "rank_00000.log").read_text()
     assert reason.format(url=f"127.0.0.1:{port}") in shown
+    assert "the engines are rebuilt (1 of 2)" in shown
+    assert_equal(run, undisturbed_server)
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [("rollout", signal.SIGKILL), ("rollout", signal.SIGSTOP), ("sync", signal.SIGKILL)],
+)
+def test_a_spare_server_takes_the_place_of_a_lost_one_and_the_run_equals_the_undisturbed_one(
+    undisturbed_server: Path, tmp_path: Path, phase: str, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    with ExitStack() as stack:
+        own, spare = (stack.enter_context(serving(KEYS, tmp_path / name)) for name in ("own", "spare"))
+        urls = (f"engine.urls=['{own.url}']", f"engine.spare_urls=['{spare.url}']")
+        arguments = (*KEYS, "engine.placement=server", *urls, f"run.dir={run}")
+        job = stack.enter_context(running_job(arguments, tmp_path / "log"))
+        act_in_phase(job, phase, 3, lambda _: own.process.send_signal(number))
+        assert job.wait(400) == 0, (tmp_path / "log.err").read_text()[-3000:]
+    shown = (run / "logs" / "rank_00000.log").read_text()
+    assert f"engine.spare_urls[0]={spare.url} takes the place of the engine server engine.urls[0]={own.url}" in shown
     assert "the engines are rebuilt (1 of 2)" in shown
     assert_equal(run, undisturbed_server)
 

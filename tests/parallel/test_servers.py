@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -17,10 +17,11 @@ import msgspec
 import pytest
 import torch.distributed as dist
 
-from grpo_mega.engines.server.client import inspect_server
+from grpo_mega.engines.server import claim
+from grpo_mega.engines.server.claim import inspect_server
 from grpo_mega.engines.server.engine import ServerEngine
 from grpo_mega.engines.server.messages import sample_command
-from grpo_mega.engines.server.protocol import TOKEN_VARIABLE, Address
+from grpo_mega.engines.server.protocol import TOKEN_VARIABLE, named_servers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Prompt, SamplingRequest, UserError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
@@ -49,11 +50,17 @@ def do_nothing(rank: int) -> None: ...
 
 
 def open_engine(
-    urls: list[str], tp: int = 1, seconds: float = 20.0, token: bytes = TOKEN, **facts: object
+    urls: list[str],
+    tp: int = 1,
+    seconds: float = 20.0,
+    token: bytes = TOKEN,
+    spare_urls: Sequence[str] = (),
+    **facts: object,
 ) -> ServerEngine:
     with mock.patch.dict("os.environ", {TOKEN_VARIABLE: token.decode()}):
         return ServerEngine(
             urls,
+            spare_urls=spare_urls,
             tp=tp,
             facts=msgspec.structs.replace(FACTS, tp=tp, **facts),
             max_model_len=64,
@@ -136,9 +143,11 @@ def test_a_server_of_two_ranks_holds_each_slice_once(rank_pool: RankPool, tmp_pa
         assert received[2] == pytest.approx(received[3], rel=0.05)
 
 
-def error_of_open(rank: int, urls: list[str], seconds: float, token: bytes, facts: dict[str, object]) -> str:
+def error_of_open(
+    rank: int, urls: list[str], seconds: float, token: bytes, facts: dict[str, object], spare_urls: Sequence[str] = ()
+) -> str:
     with pytest.raises(UserError) as caught:
-        open_engine(urls, 1, seconds, token, **facts)
+        open_engine(urls, 1, seconds, token, spare_urls, **facts)
     return str(caught.value)
 
 
@@ -162,10 +171,84 @@ def test_another_secret_is_rejected(rank_pool: RankPool, servers: list[StubServe
 
 
 def test_a_server_that_does_not_start_is_named_after_the_timeout(rank_pool: RankPool) -> None:
-    messages = rank_pool.call(2, error_of_open, ["127.0.0.1:9"], 2.0, TOKEN, {})
+    messages = rank_pool.call(2, error_of_open, [NOBODY], 2.0, TOKEN, {})
     assert messages[0] == messages[1]
     assert messages[0].startswith("engine.urls[0]=127.0.0.1:9: no engine server was available to this job within ")
     assert "does not answer" in messages[0]
+
+
+NOBODY = "127.0.0.1:9"
+
+
+def sample_with_spares(
+    rank: int, urls: list[str], spare_urls: list[str], seconds: float
+) -> tuple[Answers, dict[str, object], list[str]]:
+    """Sync and sample. Return the answers, the server of this rank if it has one, and what was logged."""
+    logged: list[str] = []
+    with mock.patch.object(claim.log, "warning", lambda text, *values: logged.append(text % values)):
+        engine = open_engine(urls, seconds=seconds, spare_urls=spare_urls)
+    source, sync = connect_sync(rank, engine, "gloo")
+    source.set_version(1)
+    sync.push(1, verify=True)
+    answers = sample_rollouts(engine, rank)
+    client, names = engine._client, [server.name for server in engine._servers]
+    engine.close()
+    return answers, {"own": None if client is None else client.server.name, "all": names}, logged
+
+
+def test_a_spare_server_takes_the_place_of_one_that_does_not_answer(
+    rank_pool: RankPool, servers: list[StubServer]
+) -> None:
+    first, second = (server.url for server in servers)
+    found = rank_pool.call(2, sample_with_spares, [first, NOBODY], [second], 8.0)
+    own, spare = f"engine.urls[0]={first}", f"engine.spare_urls[0]={second}"
+    assert [names for _, names, _ in found] == [{"own": name, "all": [own, spare]} for name in (own, spare)]
+    for rank, (answers, _, _) in enumerate(found):
+        assert {text.startswith("0 of ") for _, text, _ in answers} == {True}
+        assert [ids for ids, _, _ in answers] == [[*p.token_ids, rank] for p in PROMPTS for _ in range(2)]
+    assert [logged for _, _, logged in found] == [
+        [f"{spare} takes the place of the engine server engine.urls[1]={NOBODY}, which is not available"],
+        [],
+    ]
+
+
+def test_a_spare_server_is_not_used_but_named_if_it_could_not_help(
+    rank_pool: RankPool, servers: list[StubServer]
+) -> None:
+    own = servers[0].url
+    ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [own], [NOBODY, servers[1].url], 20.0)
+    assert names["own"] == f"engine.urls[0]={own}"
+    (warning,) = logged
+    assert warning.startswith(f"no spare engine server: engine.spare_urls[0]={NOBODY} does not answer")
+
+
+def test_more_lost_servers_than_spares_are_an_error_with_every_reason(
+    rank_pool: RankPool, servers: list[StubServer]
+) -> None:
+    """One of the two groups gets the only spare server."""
+    arguments = ([NOBODY, "127.0.0.1:10"], 4.0, TOKEN, {}, [servers[0].url])
+    messages = rank_pool.call(2, error_of_open, *arguments)
+    assert messages[0] == messages[1]
+    assert re.fullmatch(
+        r"engine\.urls\[[01]\]=127\.0\.0\.1:\d+: no engine server was available to this job within \d s: it does not "
+        rf"answer \(.*\); engine\.spare_urls\[0\]={servers[0].url}: it serves another job \(process .*\); start .*",
+        messages[0],
+    )
+
+
+def test_a_spare_server_with_other_settings_is_named_and_another_one_is_taken(
+    rank_pool: RankPool, servers: list[StubServer], tmp_path: Path
+) -> None:
+    with stub_server(tmp_path / "wide", tp=2) as wide:
+        (message,) = rank_pool.call(1, error_of_open, [NOBODY], 2.0, TOKEN, {}, [wide.url])
+        assert (
+            f"; engine.spare_urls[0]={wide.url}: that engine server has engine.tp=2, here 1; start launch/serve.sh"
+            in message
+        )
+        spares = [wide.url, servers[1].url]
+        ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [NOBODY], spares, 8.0)
+    assert names["own"] == f"engine.spare_urls[1]={servers[1].url}"
+    assert logged[1:] == [f"no spare engine server: engine.spare_urls[0]={wide.url} has engine.tp=2, here 1"]
 
 
 def run_two_jobs(rank: int, url: str) -> str | None:
@@ -187,13 +270,13 @@ def run_two_jobs(rank: int, url: str) -> str | None:
 
 
 def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[StubServer]) -> None:
-    address = Address.parse(servers[0].url, "")
-    assert inspect_server("", address, TOKEN).job is None
+    (named,) = named_servers("engine.urls", [servers[0].url])
+    assert inspect_server(named, TOKEN).job is None
     _, message = rank_pool.call(2, run_two_jobs, servers[0].url)
     assert f"engine.urls[0]={servers[0].url}: no engine server was available to this job within " in message
     assert "it serves another job (process " in message
     end = time.monotonic() + 5
-    while inspect_server("", address, TOKEN).job is not None:  # the server is free after the job exits
+    while inspect_server(named, TOKEN).job is not None:  # the server is free after the job exits
         assert time.monotonic() < end
 
 

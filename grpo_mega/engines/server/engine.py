@@ -19,6 +19,7 @@ from torch import Tensor
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
+from grpo_mega.engines.server.claim import log_spare_servers
 from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.messages import (
     MeetCommand,
@@ -28,7 +29,7 @@ from grpo_mega.engines.server.messages import (
     read_completion,
     sample_command,
 )
-from grpo_mega.engines.server.protocol import Address, read_token
+from grpo_mega.engines.server.protocol import Address, NamedServer, named_servers, read_token
 from grpo_mega.interfaces import SinkRegion, SyncPeers, WeightSink
 from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.parallel.loopback import open_store
@@ -45,6 +46,7 @@ class ServerEngine:
 
     Args:
         urls: addresses of the servers, in the order of the groups of ranks that use them.
+        spare_urls: addresses of servers that take the place of one that is not available.
         tp: number of ranks of each server.
         facts: settings that each server must have in common with this job.
         max_model_len: longest prompt plus completion, tokens.
@@ -53,13 +55,14 @@ class ServerEngine:
         timeout_seconds: limit of every wait.
 
     Raises:
-        UserError: on all ranks; a server does not answer, serves another job, or has an incompatible configuration.
+        UserError: on all ranks; no server is available for a group, or its server has an incompatible configuration.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
         *,
+        spare_urls: Sequence[str] = (),
         tp: int,
         facts: ServingFacts,
         max_model_len: int,
@@ -73,20 +76,25 @@ class ServerEngine:
                 f"engine.urls names {len(urls)} servers, which does not divide the {world_size} ranks of the job",
                 remedy="name a number of servers that divides run.world_size",
             )
-        self._names = [f"engine.urls[{i}]={url}" for i, url in enumerate(urls)]
-        self._addresses = [Address.parse(url, f"engine.urls[{i}]") for i, url in enumerate(urls)]
+        own, spare = named_servers("engine.urls", urls), named_servers("engine.spare_urls", spare_urls)
         self._tp, self._max_model_len, self._tell_experts = tp, max_model_len, tell_experts
         self._vocab_size = vocab_size
         self._timeout = timeout_seconds
         self._ranks = ReplicaBroadcast(world_size // len(urls), timeout_seconds)
         self._client: ServerClient | None = None
-        server_index = rank // (world_size // len(urls))
-        error = self._connect(server_index, facts) if self._ranks.is_first else None
-        errors: list[str | None] = [None] * world_size
-        dist.all_gather_object(errors, error)
-        if any(errors):
+        self._index = rank // (world_size // len(urls))
+        claimed = self._connect([own[self._index], *spare], facts) if self._ranks.is_first else None
+        found: list[NamedServer | str | None] = [None] * world_size
+        dist.all_gather_object(found, claimed)
+        if errors := [each for each in found if isinstance(each, str)]:
             self.close()
-            raise UserError("\n".join(error for error in errors if error))
+            raise UserError("\n".join(errors))
+        self._servers = [each for each in found if isinstance(each, NamedServer)]
+        """Server of each group of ranks."""
+        if rank == 0:
+            log_spare_servers(
+                own, self._servers, [each for each in spare if each not in self._servers], facts, read_token()
+            )
         self._sink = ServedSink()
         self._asleep: set[str] = set()
         self.steps = 0
@@ -106,7 +114,7 @@ class ServerEngine:
     def replicas(self) -> list[list[int]]:
         """Ranks of each server in the peer group of `sync_peers`. They follow the ranks of the job."""
         first = dist.get_world_size()
-        return [list(range(first + i * self._tp, first + (i + 1) * self._tp)) for i in range(len(self._names))]
+        return [list(range(first + i * self._tp, first + (i + 1) * self._tp)) for i in range(len(self._servers))]
 
     def announce(self, policy_version: int, verify: bool) -> None:
         """Ask the servers to take part in a weight sync."""
@@ -217,11 +225,11 @@ class ServerEngine:
         size = dist.get_world_size()
         names: list[str] = [""] * size
         dist.all_gather_object(names, where)
-        names += [f"engine server {name}, rank {t} of {self._tp}" for name in self._names for t in range(self._tp)]
+        names += [f"engine server {s.name}, rank {t} of {self._tp}" for s in self._servers for t in range(self._tp)]
         master, store = os.environ.get("MASTER_ADDR", "127.0.0.1"), None
         shared: list[tuple[int, list[str]] | None] = [None]
         if dist.get_rank() == 0:
-            own = [_local_address(each) for each in self._addresses]
+            own = [_local_address(each.address) for each in self._servers]
             remote = [each for each in (master, *own) if not is_loopback(each)]
             store = open_store(remote[0] if remote else master, 0, self._timeout)
             shared = [(store.port, own)]
@@ -231,13 +239,12 @@ class ServerEngine:
         if store is None:
             store = find_store(master, port, self._timeout)
         if self._client is not None:
-            index = self._names.index(self._client.name)
             self._client.start(
                 MeetCommand(
-                    address=addresses[index],
+                    address=addresses[self._index],
                     port=port,
                     names=tuple(names),
-                    first_rank=self.replicas[index][0],
+                    first_rank=self.replicas[self._index][0],
                     replicas=tuple(map(tuple, self.replicas)),
                     shapes=shapes,
                     bucket_bytes=bucket_bytes,
@@ -247,12 +254,11 @@ class ServerEngine:
             )
         return join_peers(store, dist.get_rank(), names, self._timeout, self._check)
 
-    def _connect(self, index: int, facts: ServingFacts) -> str | None:
-        """Claim this group's server. Return the error's text, which the other ranks need too."""
+    def _connect(self, servers: Sequence[NamedServer], facts: ServingFacts) -> NamedServer | str:
+        """Claim one of the servers and return it, or the text of the error, which the other ranks need too."""
         try:
             self._client = ServerClient(
-                self._names[index],
-                self._addresses[index],
+                servers,
                 read_token(),
                 facts,
                 patience_seconds=self._timeout * _PATIENCE_SHARE,
@@ -260,7 +266,7 @@ class ServerEngine:
             )
         except UserError as error:
             return str(error)
-        return None
+        return self._client.server
 
     def _check(self) -> None:
         if self._client is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from typing import Literal
 import zmq
 from zmq.utils import z85
 
+from grpo_mega.config.rollout_sections import EngineConfig
 from grpo_mega.parallel.ports import is_loopback
 from grpo_mega.types import UserError
 
@@ -65,6 +66,44 @@ class Address:
     def is_loopback(self) -> bool:
         """True if only processes of this machine can connect to this address."""
         return is_loopback(self.host)
+
+
+@dataclass(frozen=True)
+class NamedServer:
+    """An engine server that the config names.
+
+    Attributes:
+        key: setting that names it, `engine.urls[0]`.
+        url: its address as the config writes it.
+        address: the same, parsed.
+    """
+
+    key: str
+    url: str
+    address: Address
+
+    @property
+    def name(self) -> str:
+        """Name for messages: `engine.urls[0]=host:port`."""
+        return f"{self.key}={self.url}"
+
+
+def named_servers(key: str, urls: Sequence[str]) -> list[NamedServer]:
+    """Return the servers at the addresses that `key` lists.
+
+    Raises:
+        UserError: one is not an address.
+    """
+    return [NamedServer(f"{key}[{i}]", url, Address.parse(url, f"{key}[{i}]")) for i, url in enumerate(urls)]
+
+
+def configured_servers(engine: EngineConfig) -> list[NamedServer]:
+    """Return the servers of `engine.urls` and `engine.spare_urls`.
+
+    Raises:
+        UserError: one is not an address.
+    """
+    return [*named_servers("engine.urls", engine.urls), *named_servers("engine.spare_urls", engine.spare_urls)]
 
 
 def read_token(env: Mapping[str, str] = os.environ) -> bytes:

@@ -303,6 +303,14 @@ def test_config_is_frozen(minimal_config: Path) -> None:
             ["engine.urls=['a:1']"],
             ["engine.urls=['a:1']", "engine.placement=colocated", "engine.placement=server", "engine.urls"],
         ),
+        (
+            ["engine.spare_urls=['a:1']"],
+            ["engine.spare_urls=['a:1']", "engine.placement=colocated", "remove engine.spare_"],
+        ),
+        (
+            ["engine.placement=server", "engine.urls=['a:1']", "engine.spare_urls=['b:1', 'a:1']"],
+            ["engine.urls=['a:1']", "engine.spare_urls=['b:1', 'a:1']", "remove the repeated address"],
+        ),
         (["engine.placement=server"], ["engine.urls=[]", "engine.placement=server", "serve.sh", "engine.urls=[host"]),
         (
             ["engine.placement=server", "engine.urls=['a:1', 'a:1']"],

@@ -24,7 +24,7 @@ from grpo_mega.doctor.model_rules import configured_spec
 from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.listener import ServerListener
 from grpo_mega.engines.server.messages import serving_facts
-from grpo_mega.engines.server.protocol import Address
+from grpo_mega.engines.server.protocol import named_servers
 from grpo_mega.parallel import devices
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import GPUS
@@ -411,7 +411,8 @@ def test_gpus_that_slurm_hides_are_not_counted(monkeypatch: pytest.MonkeyPatch) 
 def test_servers_must_respond_have_the_same_config_and_be_free(model: Path) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"127.0.0.1:{listener.getsockname()[1]}"
-    config = config_for(model, "engine.placement=server", f"engine.urls=['{url}', '127.0.0.1:9']")
+    urls = f"engine.urls=['{url}', '127.0.0.1:9']", "engine.spare_urls=['127.0.0.1:10']"
+    config = config_for(model, "engine.placement=server", *urls)
     facts = serving_facts(config, model)
     ServerListener(listener, b"", facts, lambda: 0).open()
     first, second = (f"engine.urls[{i}]" for i in range(2))
@@ -420,10 +421,12 @@ def test_servers_must_respond_have_the_same_config_and_be_free(model: Path) -> N
     assert (found.status, gone.status) == ("pass", "fail")
     assert_names(found.message, url, facts.program_version, "free")
     assert_names(gone.message, f"{second}=127.0.0.1:9", "does not answer")
+    spare = the_finding(findings, "engine.spare_urls[0]")
+    assert spare.status == "fail"
+    assert_names(spare.message, "engine.spare_urls[0]=127.0.0.1:10", "does not answer")
     other = config.model_copy(update={"precision": config.precision.model_copy(update={"dtype": "bf16"})})
     assert_names(inputs.check_servers(other)[0].message, url, "precision.dtype=fp32", "bf16")
-    address = Address.parse(url, first)
-    job = ServerClient(first, address, b"", facts, patience_seconds=5.0, timeout_seconds=5.0)
+    job = ServerClient(named_servers("engine.urls", [url]), b"", facts, patience_seconds=5.0, timeout_seconds=5.0)
     busy = inputs.check_servers(config)[0]
     job.close()
     assert (busy.status, busy.remedy) == ("fail", "wait for its end, or name another server")

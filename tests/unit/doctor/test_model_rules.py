@@ -394,6 +394,9 @@ def test_a_server_on_another_machine_needs_a_secret_and_an_address(monkeypatch: 
     assert_names(message, "engine.urls[1]=node3:7", "secret", "GRPO_MEGA_SERVER_TOKEN", "GRPO_MEGA_SERVER_TOKEN_FILE")
     monkeypatch.setenv("GRPO_MEGA_SERVER_TOKEN", "0123456789abcdef")
     check_model(config, topology)
+    monkeypatch.delenv("GRPO_MEGA_SERVER_TOKEN")
+    keys = "engine.placement=server", "engine.urls=['localhost:7']", "engine.spare_urls=['node4:7']"
+    assert_names(message_of(config_of(*keys), Topology(1, engine_servers=1)), "engine.spare_urls[0]=node4:7", "secret")
     message = message_of(config_of("engine.placement=server", "engine.urls=[node3]"), topology)
     assert_names(message, "engine.urls[0]=node3", "host:port")
 

@@ -31,7 +31,7 @@ from grpo_mega.engines.server.messages import (
     ServerBusy,
     ServerMessage,
 )
-from grpo_mega.engines.server.protocol import Address, ConnectionFailedError, WrongPeerError, curve_keys
+from grpo_mega.engines.server.protocol import Address, ConnectionFailedError, NamedServer, WrongPeerError, curve_keys
 from tests.helpers.stub_server import FACTS
 
 SECRET = b"a secret of this test"
@@ -102,7 +102,9 @@ def test_messages_arrive_whole_and_in_order(server: LocalServer) -> None:
 def test_messages_that_were_not_read_for_a_while_are_no_silence_of_the_server(server: LocalServer) -> None:
     """The job reads nothing while it sends the weights, which may take longer than a server may be silent."""
     with mock.patch.object(client_module, "_SILENT_SECONDS", 0.1):
-        job = ServerClient("s", server.address, SECRET, FACTS, patience_seconds=5.0, timeout_seconds=5.0)
+        job = ServerClient(
+            [NamedServer("s", "", server.address)], SECRET, FACTS, patience_seconds=5.0, timeout_seconds=5.0
+        )
         job.start(PushCommand(1, True))
         assert next(server.commands) == PushCommand(1, True)
         server.listener.answer(CommandDone())
