@@ -167,4 +167,5 @@ class GuardConfig(Section):
     max_rollbacks: int = Field(3, ge=0)
     """Number of rollbacks of the run (`rollback`) before a rule with this action stops it."""
     max_engine_rebuilds: int = Field(2, ge=0)
-    """How often the engines are rebuilt after a failure of sampling, per start of the run, before it ends."""
+    """How often the engines are rebuilt per start of the run, after a failure of sampling or of a weight sync, before
+    the run ends."""

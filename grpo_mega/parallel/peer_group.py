@@ -104,8 +104,7 @@ class PeerGroup:
 
         For a group with a store of its own, which is not used again.
         """
-        with suppress(RuntimeError):
-            self.store.set(_FAILURE_KEY, reason)
+        report_failure(self.store, reason)
 
     def await_keys(self, keys: Sequence[str], seconds: float) -> None:
         """Wait until all keys are in the store.
@@ -126,6 +125,12 @@ class PeerGroup:
                     raise PeerFailedError(self.store.get(_FAILURE_KEY).decode(errors="replace")) from None
                 if left <= _POLL_SECONDS:
                     raise
+
+
+def report_failure(store: Store, reason: str) -> None:
+    """See `PeerGroup.report_failure`; also while the group is being formed."""
+    with suppress(RuntimeError):
+        store.set(_FAILURE_KEY, reason)
 
 
 def job_peer_group() -> PeerGroup:

@@ -4,7 +4,7 @@ A failure on any rank is raised on all (`rollout.sampler.SamplingFailedError`). 
 builds it again, connects it with the policy, and receives the weights. The step is sampled again with the same seeds,
 so the run equals one without the failure. Processes of an engine that exited, or are stopped, while it slept are found
 before the next weight sync (`replace_lost`), and those that exit or are stopped during a sync after it
-(`repeat_if_lost`). An engine of a server is connected again, after the server was started again (`push_to_servers`).
+(`repeat_if_lost`). An engine of a server is connected again, with a spare server or one that was started again.
 A failure of the device itself (a sticky CUDA error) cannot be repaired in the process: the rebuild fails, the run ends
 with exit code 1, and `launch/train.sh --restarts N` continues it.
 Asserted by tests/unit/trainer/test_engine_rebuilds.py and tests/e2e/test_engine_failure.py.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol, TypeVar, cast, runtime_checkable
 
 from grpo_mega.interfaces import Engine, SyncPeers, WeightSink
@@ -67,6 +68,11 @@ class RebuildableEngine:
         except Exception as error:  # it has failed before
             log.warning("closing the engine that failed: %s", error)
         self._engine = self._make()
+
+    @property
+    def is_served(self) -> bool:
+        """True if the engine runs in a server."""
+        return isinstance(self._engine, ServedEngine)
 
     @property
     def policy_version(self) -> int:
@@ -269,17 +275,38 @@ class EngineRebuilds:
             self._rebuild(f"the weight sync failed: {failure}", ", and the weights are sent again")
 
     def _rebuild(self, reason: str, then: str) -> None:
-        self.count += 1
-        if self.count > self._limit:
-            raise RuntimeError(
-                f"{reason}; the engines were rebuilt {self.count - 1} times before, as often as "
-                f"guard.max_engine_rebuilds={self._limit} allows"
-            )
-        log.warning("%s; the engines are rebuilt (%d of %d)%s", reason, self.count, self._limit, then)
+        """Rebuild the engines, and again if a server is lost meanwhile."""
+        while reason:
+            self.count += 1
+            if self.count > self._limit:
+                raise RuntimeError(
+                    f"{reason}; the engines were rebuilt {self.count - 1} times before, as often as "
+                    f"guard.max_engine_rebuilds={self._limit} allows"
+                )
+            log.warning("%s; the engines are rebuilt (%d of %d)%s", reason, self.count, self._limit, then)
+            try:
+                with self._timers.phase("start"), self._waiting_for_servers():
+                    self._phases.rebuild_engine(self._engine.rebuild)
+                    reason = self._connect()
+            except UserError as error:  # the config was valid before: a server is gone, or memory is missing
+                raise RuntimeError(f"{reason}; the engines cannot be rebuilt: {error}") from error
+
+    def _connect(self) -> str:
+        """Connect policy and engines. Return why a server was lost meanwhile, or an empty string."""
+        failure = ""
         try:
-            with self._timers.phase("start"):
-                self._phases.rebuild_engine(self._engine.rebuild)
-                with self._phases.reading_weights():
-                    self._sync.rebuild()
-        except UserError as error:  # the config was valid before: a server is gone, or memory is missing
-            raise RuntimeError(f"{reason}; the engines cannot be rebuilt: {error}") from error
+            with self._phases.reading_weights():
+                self._sync.rebuild()
+        except WeightMismatchError:  # on every rank
+            raise
+        except RuntimeError as error:
+            if not self._engine.is_served:
+                raise
+            failure = str(error)
+            log.warning("the engines could not be connected on this rank", exc_info=error, extra=FILE_ONLY)
+        failure = self._first_fault(failure) if self._engine.is_served else ""
+        return f"the engines could not be connected: {failure}" if failure else ""
+
+    def _waiting_for_servers(self) -> AbstractContextManager[None]:
+        """Give the launcher the limit of a wait for servers, which is longer than that of an earlier start."""
+        return self._timers.waiting_for(lambda: "an engine server") if self._engine.is_served else nullcontext()

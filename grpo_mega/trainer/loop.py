@@ -270,7 +270,8 @@ def sync_weights(job: TrainerState, state: LoopState) -> SyncReport:
     """Send the policy's weights to the engines between two steps, as `send_weights`. Collective.
 
     Lost engines are replaced first. If the engines sample in the background, sampling is paused instead, between two
-    slices, also while a lost server is replaced: it uses the engines all the time, so it finds a lost one by itself.
+    slices. A server that is lost while it samples fails the pause, and one that is lost while it has nothing to sample
+    fails the push; both are replaced.
 
     Raises:
         WeightMismatchError, RuntimeError: see `send_weights` and `EngineRebuilds.sample`.

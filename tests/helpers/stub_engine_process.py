@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -18,7 +19,9 @@ def main(descriptor: int) -> None:
     sys.stderr.flush()
     if fault == "start":
         os._exit(3)
-    child = subprocess.Popen(["sleep", "600"])
+    child = subprocess.Popen(["sglang::scheduler", "600"], executable="/bin/sleep")
+    while not Path(f"/proc/{child.pid}/cmdline").read_text():
+        time.sleep(0.01)  # it is empty for a moment
     connection.send(("done", None))
     while True:
         command, arguments = connection.recv()

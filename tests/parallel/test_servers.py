@@ -6,8 +6,10 @@ plain memory.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,6 @@ import msgspec
 import pytest
 import torch.distributed as dist
 
-from grpo_mega.engines.server import claim
 from grpo_mega.engines.server.claim import inspect_server
 from grpo_mega.engines.server.engine import ServerEngine
 from grpo_mega.engines.server.messages import sample_command
@@ -34,6 +35,7 @@ BUCKET_BYTES = 128 * 1024
 MODEL_BYTES = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in TENSORS.values())
 Answers = list[tuple[list[int], str, int]]
 PROMPTS = [Prompt(7, "", (1, 2, 3), ""), Prompt(8, "", (4,), "")]
+NOBODY = "127.0.0.1:9"
 LIMIT = 3.0  # seconds; the timeout of tests in which a server does not answer
 
 
@@ -177,23 +179,22 @@ def test_a_server_that_does_not_start_is_named_after_the_timeout(rank_pool: Rank
     assert "does not answer" in messages[0]
 
 
-NOBODY = "127.0.0.1:9"
-
-
 def sample_with_spares(
     rank: int, urls: list[str], spare_urls: list[str], seconds: float
 ) -> tuple[Answers, dict[str, object], list[str]]:
     """Sync and sample. Return the answers, the server of this rank if it has one, and what was logged."""
     logged: list[str] = []
-    with mock.patch.object(claim.log, "warning", lambda text, *values: logged.append(text % values)):
-        engine = open_engine(urls, seconds=seconds, spare_urls=spare_urls)
+    logging.getLogger("grpo_mega.engines").warning = lambda text, *values: logged.append(text % values)  # type: ignore[assignment,method-assign]
+    engine = open_engine(urls, seconds=seconds, spare_urls=spare_urls)
     source, sync = connect_sync(rank, engine, "gloo")
     source.set_version(1)
     sync.push(1, verify=True)
     answers = sample_rollouts(engine, rank)
     client, names = engine._client, [server.name for server in engine._servers]
+    if rank == 0:
+        engine._spare_check.join(30.0)
     engine.close()
-    return answers, {"own": None if client is None else client.server.name, "all": names}, logged
+    return answers, {"own": None if client is None else client.claimed.server.name, "all": names}, logged
 
 
 def test_a_spare_server_takes_the_place_of_one_that_does_not_answer(
@@ -206,10 +207,9 @@ def test_a_spare_server_takes_the_place_of_one_that_does_not_answer(
     for rank, (answers, _, _) in enumerate(found):
         assert {text.startswith("0 of ") for _, text, _ in answers} == {True}
         assert [ids for ids, _, _ in answers] == [[*p.token_ids, rank] for p in PROMPTS for _ in range(2)]
-    assert [logged for _, _, logged in found] == [
-        [f"{spare} takes the place of the engine server engine.urls[1]={NOBODY}, which is not available"],
-        [],
-    ]
+    (warning,), nothing = (logged for _, _, logged in found)
+    assert warning.startswith(f"{spare} takes the place of engine.urls[1]={NOBODY}: it does not answer (")
+    assert nothing == []
 
 
 def test_a_spare_server_is_not_used_but_named_if_it_could_not_help(
@@ -219,7 +219,7 @@ def test_a_spare_server_is_not_used_but_named_if_it_could_not_help(
     ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [own], [NOBODY, servers[1].url], 20.0)
     assert names["own"] == f"engine.urls[0]={own}"
     (warning,) = logged
-    assert warning.startswith(f"no spare engine server: engine.spare_urls[0]={NOBODY} does not answer")
+    assert warning.startswith(f"no spare server: engine.spare_urls[0]={NOBODY} does not answer")
 
 
 def test_more_lost_servers_than_spares_are_an_error_with_every_reason(
@@ -230,7 +230,7 @@ def test_more_lost_servers_than_spares_are_an_error_with_every_reason(
     messages = rank_pool.call(2, error_of_open, *arguments)
     assert messages[0] == messages[1]
     assert re.fullmatch(
-        r"engine\.urls\[[01]\]=127\.0\.0\.1:\d+: no engine server was available to this job within \d s: it does not "
+        r"engine\.urls\[[01]\]=127\.0\.0\.1:\d+: no engine server was available to this job within \d+ s: it does not "
         rf"answer \(.*\); engine\.spare_urls\[0\]={servers[0].url}: it serves another job \(process .*\); start .*",
         messages[0],
     )
@@ -248,7 +248,43 @@ def test_a_spare_server_with_other_settings_is_named_and_another_one_is_taken(
         spares = [wide.url, servers[1].url]
         ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [NOBODY], spares, 8.0)
     assert names["own"] == f"engine.spare_urls[1]={servers[1].url}"
-    assert logged[1:] == [f"no spare engine server: engine.spare_urls[0]={wide.url} has engine.tp=2, here 1"]
+    assert logged[1:] == [
+        f"no spare server: engine.spare_urls[0]={wide.url} has engine.tp=2, here 1; start it with this job's config"
+    ]
+
+
+def lose_server_before_the_sync(rank: int, url: str, folder: Path) -> tuple[str, float]:
+    """The server is killed after it was claimed. Return this rank's error and the seconds until it was raised."""
+    engine = open_engine([url], seconds=30.0)
+    dist.barrier()
+    if rank == 0:
+        (folder / "kill").touch()
+    while not (folder / "killed").exists():
+        time.sleep(0.02)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError) as caught:
+        connect_sync(rank, engine, "gloo")
+    return str(caught.value), time.monotonic() - begin
+
+
+def test_a_server_that_is_lost_before_the_first_sync_is_named_on_all_ranks_at_once(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    with stub_server(tmp_path / "server") as server:
+
+        def kill() -> None:
+            while not (tmp_path / "kill").exists():
+                time.sleep(0.02)
+            server.kill()
+            (tmp_path / "killed").touch()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        found = rank_pool.call(2, lose_server_before_the_sync, server.url, tmp_path)
+        killer.join()
+    for message, seconds in found:
+        assert f"engine server engine.urls[0]={server.url}" in message
+        assert seconds < 15
 
 
 def run_two_jobs(rank: int, url: str) -> str | None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from grpo_mega.engines.server.claim import claim
+from grpo_mega.engines.server.claim import claim_server
 from grpo_mega.engines.server.messages import (
     Command,
     CommandDone,
@@ -52,8 +52,8 @@ class ServerClient:
         patience_seconds: float,
         timeout_seconds: float,
     ) -> None:
-        self.server, self._connection = claim(servers, token, facts, patience_seconds)
-        """The server that was claimed."""
+        self.claimed, self._connection = claim_server(servers, token, facts, patience_seconds)
+        """The server that serves this job."""
         self._timeout = timeout_seconds
         self._awaits_answer = False  # the last command's answer is not complete
         self._steps = -1
@@ -89,7 +89,7 @@ class ServerClient:
         """Raise RuntimeError if the server is gone or reported that the last command failed. Does not wait."""
         while self._wait("sync", 0.0):
             if self._read("sync") is not None:
-                raise RuntimeError(f"engine server {self.server.name} sent a rollout that was not requested")
+                raise RuntimeError(f"engine server {self.claimed.server.name} sent a rollout that was not requested")
 
     def take_gauges(self) -> EngineGauges:
         """Return the gauges of the sampling commands that were complete since the last call."""
@@ -112,12 +112,12 @@ class ServerClient:
             left = min(silence_ends, patience_ends) - now
             if silence_ends <= now:
                 raise RuntimeError(
-                    f"engine server {self.server.name} is not responding: no message for {_SILENT_SECONDS:g} s "
+                    f"engine server {self.claimed.server.name} is not responding: no message for {_SILENT_SECONDS:g} s "
                     f"({command})"
                 )
             if left <= 0:
                 raise RuntimeError(
-                    f"engine server {self.server.name} is not responding: no answer and no engine step for "
+                    f"engine server {self.claimed.server.name} is not responding: no answer and no engine step for "
                     f"{self._timeout:g} s ({command})"
                 )
             yield self._read(command) if self._wait(command, min(heartbeat_seconds, left)) else None
@@ -149,11 +149,13 @@ class ServerClient:
                     self._gauges.add(gauges)
             case CommandFailed(reason=reason):
                 self._awaits_answer = False
-                raise RuntimeError(f"engine server {self.server.name} failed ({command}): {reason}")
+                raise RuntimeError(f"engine server {self.claimed.server.name} failed ({command}): {reason}")
             case _:
-                raise RuntimeError(f"engine server {self.server.name} sent {type(message).__name__} during {command}")
+                raise RuntimeError(
+                    f"engine server {self.claimed.server.name} sent {type(message).__name__} during {command}"
+                )
         return None
 
     def _gone(self, command: str, error: Exception) -> RuntimeError:
         self._awaits_answer = False
-        return RuntimeError(f"engine server {self.server.name} {error} ({command})")
+        return RuntimeError(f"engine server {self.claimed.server.name} {error} ({command})")

@@ -146,8 +146,10 @@ class ServerConnection:
         return WrongPeerError("has another secret, or is not an engine server of this program")
 
 
-def open_connection(address: Address, token: bytes) -> tuple[ServerConnection, ServerStatus]:
-    """Connect to the server at `address` and exchange greetings.
+def open_connection(
+    address: Address, token: bytes, seconds: float = HANDSHAKE_SECONDS
+) -> tuple[ServerConnection, ServerStatus]:
+    """Connect to the server at `address` and exchange greetings; `seconds` limits the wait for each message.
 
     Raises:
         WrongPeerError: the program there has another secret or another protocol version, or is no engine server.
@@ -158,7 +160,7 @@ def open_connection(address: Address, token: bytes) -> tuple[ServerConnection, S
     for _, _, _, _, resolved in socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
         connection = ServerConnection(str(resolved[0]), address.port, token)
         try:
-            return connection, _exchange_greetings(connection)
+            return connection, _exchange_greetings(connection, seconds)
         except ConnectionFailedError as error:
             connection.close()
             fault = error
@@ -167,15 +169,15 @@ def open_connection(address: Address, token: bytes) -> tuple[ServerConnection, S
     raise fault
 
 
-def _exchange_greetings(connection: ServerConnection) -> ServerStatus:
+def _exchange_greetings(connection: ServerConnection, seconds: float) -> ServerStatus:
     with suppress(ConnectionFailedError):  # `receive` reports it
         connection.send(Hello(PROTOCOL))
-    hello = connection.receive()
+    hello = connection.receive(seconds)
     if not isinstance(hello, Hello):
         raise WrongPeerError("did not send its protocol version first")
     if hello.protocol != PROTOCOL:
         raise WrongPeerError(f"has protocol version {hello.protocol}, and this side has version {PROTOCOL}")
-    status = connection.receive()
+    status = connection.receive(seconds)
     if not isinstance(status, ServerStatus):
         raise WrongPeerError("did not send its settings")
     return status

@@ -8,6 +8,7 @@ Asserted by tests/parallel/test_servers.py, tests/engine/test_engine_contract.py
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
-from grpo_mega.engines.server.claim import log_spare_servers
+from grpo_mega.engines.server.claim import Claimed, log_useless_spares
 from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.messages import (
     MeetCommand,
@@ -33,9 +34,11 @@ from grpo_mega.engines.server.protocol import Address, NamedServer, named_server
 from grpo_mega.interfaces import SinkRegion, SyncPeers, WeightSink
 from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.parallel.loopback import open_store
-from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_peers
+from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_peers, report_failure
 from grpo_mega.parallel.ports import is_loopback
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
+
+log = logging.getLogger("grpo_mega.engines")
 
 _CANCEL_SECONDS = 1.0
 _PATIENCE_SHARE = 0.8  # of the timeout: the ranks that wait for the connecting rank have the whole timeout
@@ -84,17 +87,20 @@ class ServerEngine:
         self._client: ServerClient | None = None
         self._index = rank // (world_size // len(urls))
         claimed = self._connect([own[self._index], *spare], facts) if self._ranks.is_first else None
-        found: list[NamedServer | str | None] = [None] * world_size
+        found: list[Claimed | str | None] = [None] * world_size
         dist.all_gather_object(found, claimed)
         if errors := [each for each in found if isinstance(each, str)]:
             self.close()
             raise UserError("\n".join(errors))
-        self._servers = [each for each in found if isinstance(each, NamedServer)]
+        by_group = [each for each in found if isinstance(each, Claimed)]
+        self._servers = [each.server for each in by_group]
         """Server of each group of ranks."""
         if rank == 0:
-            log_spare_servers(
-                own, self._servers, [each for each in spare if each not in self._servers], facts, read_token()
-            )
+            for before, now in zip(own, by_group, strict=True):
+                if now.reason:
+                    log.warning("%s takes the place of %s: %s", now.server.name, before.name, now.reason)
+            free = [each for each in spare if each not in self._servers]
+            self._spare_check = log_useless_spares(free, facts, read_token())
         self._sink = ServedSink()
         self._asleep: set[str] = set()
         self.steps = 0
@@ -238,23 +244,27 @@ class ServerEngine:
         port, addresses = shared[0]
         if store is None:
             store = find_store(master, port, self._timeout)
-        if self._client is not None:
-            self._client.start(
-                MeetCommand(
-                    address=addresses[self._index],
-                    port=port,
-                    names=tuple(names),
-                    first_rank=self.replicas[self._index][0],
-                    replicas=tuple(map(tuple, self.replicas)),
-                    shapes=shapes,
-                    bucket_bytes=bucket_bytes,
-                    transport=transport,
-                    timeout_seconds=self._timeout,
+        try:
+            if self._client is not None:
+                self._client.start(
+                    MeetCommand(
+                        address=addresses[self._index],
+                        port=port,
+                        names=tuple(names),
+                        first_rank=self.replicas[self._index][0],
+                        replicas=tuple(map(tuple, self.replicas)),
+                        shapes=shapes,
+                        bucket_bytes=bucket_bytes,
+                        transport=transport,
+                        timeout_seconds=self._timeout,
+                    )
                 )
-            )
-        return join_peers(store, dist.get_rank(), names, self._timeout, self._check)
+            return join_peers(store, dist.get_rank(), names, self._timeout, self._check)
+        except RuntimeError as error:
+            report_failure(store, str(error))  # the other ranks wait in `join_peers`
+            raise
 
-    def _connect(self, servers: Sequence[NamedServer], facts: ServingFacts) -> NamedServer | str:
+    def _connect(self, servers: Sequence[NamedServer], facts: ServingFacts) -> Claimed | str:
         """Claim one of the servers and return it, or the text of the error, which the other ranks need too."""
         try:
             self._client = ServerClient(
@@ -266,7 +276,7 @@ class ServerEngine:
             )
         except UserError as error:
             return str(error)
-        return self._client.server
+        return self._client.claimed
 
     def _check(self) -> None:
         if self._client is not None:

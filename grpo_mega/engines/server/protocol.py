@@ -60,6 +60,10 @@ class Address:
         host = host.removeprefix("[").removesuffix("]")
         if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
             raise UserError(f"{key}={url} is not an address", remedy="write host:port, as the server prints it")
+        try:
+            host.encode("idna")
+        except UnicodeError as error:
+            raise UserError(f"{key}={url} has no valid host name ({error})", remedy="write host:port") from None
         return cls(host, int(port))
 
     @property

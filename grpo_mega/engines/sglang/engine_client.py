@@ -5,6 +5,7 @@ Asserted by tests/unit/engines/sglang/test_engine_client.py and tests/engine/tes
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -70,7 +71,7 @@ class SglangProcess:
         self._connection = Connection(ours.detach())
         self._answer_pending = True  # at first the answer to the start
         self._stopped_since: float | None = None
-        self._children: list[psutil.Process] = []
+        self._children: list[psutil.Process] = []  # schedulers and detokenizer, once the engine has started
         # half of the timeout: the process reports schedulers that do not become idle before this client gives up
         self._send(HostSettings(arguments, self._folder, tp, idle_seconds=timeout_seconds / 2))
 
@@ -87,7 +88,7 @@ class SglangProcess:
         for _ in self._parts("start", _START_SECONDS, beat_seconds):
             yield None
         with suppress(psutil.NoSuchProcess):
-            self._children = psutil.Process(self.pid).children()
+            self._children = [each for each in psutil.Process(self.pid).children() if _is_named(each)]
 
     def call(self, command: str, *arguments: Any) -> Any:
         """Run one command in the process and return its answer.
@@ -151,14 +152,20 @@ class SglangProcess:
 
     def _parts(self, command: str, limit: float | None, beat_seconds: float) -> Iterator[Any]:
         """Yield the parts of an answer, None at each heartbeat, and at last the value of `done` unless it is None."""
-        end = None if limit is None else time.monotonic() + limit
+        now = time.monotonic()
+        end, next_beat = math.inf if limit is None else now + limit, now + beat_seconds
         while True:
-            wait = beat_seconds if end is None else min(beat_seconds, end - time.monotonic())
-            if wait <= 0:
+            now = time.monotonic()
+            if now >= end:
                 raise self._timed_out(f"answer {command}", limit)
-            kind, value = self._receive(command) if self._connection.poll(wait) else ("heartbeat", None)
-            if kind == "heartbeat":
+            if not self._connection.poll(max(0.0, min(_CHECK_SECONDS, end - now, next_beat - now))):
                 self._require_running(command)
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + beat_seconds
+                    yield None
+                continue
+            kind, value = self._receive(command)
+            next_beat = time.monotonic() + beat_seconds
             if kind == "done":
                 self._answer_pending = False
                 if value is not None:
@@ -230,8 +237,7 @@ class SglangProcess:
     def _stopped(self) -> int | None:
         """Return the first process of SGLang that is stopped."""
         with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.pid)
-            for each in (process, *process.children(recursive=True)):
+            for each in (psutil.Process(self.pid), *self._children):
                 with suppress(psutil.NoSuchProcess):
                     if each.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
                         return int(each.pid)
@@ -252,3 +258,10 @@ class SglangProcess:
         """Return the end of the log, to be appended to an error message."""
         lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
         return "\n".join([f"; the end of {self._log}:", *lines]) if lines else ""
+
+
+def _is_named(process: psutil.Process) -> bool:
+    """Return True for a process that lasts as long as the engine: SGLang gives it a title."""
+    with suppress(psutil.Error):
+        return any("sglang::" in part for part in process.cmdline())
+    return False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -10,7 +12,9 @@ import pytest
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.rollout.sampler import SamplingFailedError
 from grpo_mega.trainer.engine_rebuilds import EngineRebuilds, RebuildableEngine, RebuildableSync
+from grpo_mega.trainer.loop import sync_weights
 from grpo_mega.types import UserError, WeightMismatchError
+from tests.helpers.planner_cases import config_of
 
 
 class Recorder:
@@ -19,6 +23,7 @@ class Recorder:
     def __init__(self, limit: int = 2) -> None:
         self.calls: list[str] = []
         self.number, self.fails_to_close, self.fails_to_build, self.fault = 0, False, False, ""
+        self.is_served, self.sync_errors = False, list[Exception | None]()
         self.timers, self.faults_of_rank_1 = PhaseTimer(), list[str]()
         self.engine = RebuildableEngine(self.make_engine)
         self.rebuilds = EngineRebuilds(self.engine, RebuildableSync(self.make_sync), cast("Any", self), limit,
@@ -34,10 +39,12 @@ class Recorder:
             raise UserError("the server is gone")
         self.number += 1
         self.calls.append(f"engine {self.number}")
-        return StubEngine(self, self.number)
+        return (ServedStub if self.is_served else StubEngine)(self, self.number)
 
     def make_sync(self) -> Any:
         self.calls.append("sync")
+        if self.sync_errors and (error := self.sync_errors.pop(0)) is not None:
+            raise error
         return object()
 
     def rebuild_engine(self, rebuild: Any) -> None:
@@ -60,6 +67,10 @@ class StubEngine:
         self.recorder.calls.append("close")
         if self.recorder.fails_to_close:
             raise RuntimeError("it is gone")
+
+
+class ServedStub(StubEngine):
+    def generate_on_this_rank(self) -> None: ...
 
 
 def failing(times: int, recorder: Recorder) -> Any:
@@ -176,3 +187,72 @@ def test_weights_that_differ_are_not_sent_again_by_a_sync_with_servers() -> None
     with pytest.raises(WeightMismatchError, match="on every rank"):
         recorder.rebuilds.push_to_servers(push)
     assert recorder.calls == []
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_a_server_that_is_lost_during_a_rebuild_is_replaced_by_the_next_one(fails_here: bool) -> None:
+    recorder = Recorder(limit=3)
+    recorder.is_served = True
+    recorder.sync_errors = [RuntimeError("the spare server is gone") if fails_here else None]
+    recorder.faults_of_rank_1 = ["the server is gone", "" if fails_here else "the spare server is gone"]
+    recorder.calls.clear()
+    assert recorder.rebuilds.push_to_servers(lambda: "report") == "report"
+    assert [call for call in recorder.calls if call != "offload"] == [
+        "close",
+        "engine 2",
+        "sync",
+        "close",
+        "engine 3",
+        "sync",
+    ]
+    assert recorder.rebuilds.count == 2
+
+
+def test_servers_that_are_lost_during_rebuilds_are_counted() -> None:
+    recorder = Recorder(limit=2)
+    recorder.is_served = True
+    recorder.sync_errors = [RuntimeError("it is gone")] * 9
+    recorder.faults_of_rank_1 = ["the server is gone"]
+    with pytest.raises(
+        RuntimeError, match=r"could not be connected: rank 0: it is gone; .*max_engine_rebuilds=2 allows"
+    ):
+        recorder.rebuilds.push_to_servers(lambda: "report")
+    assert recorder.number == 3
+
+
+@pytest.mark.parametrize(("is_served", "error"), [(False, RuntimeError), (True, WeightMismatchError)])
+def test_other_errors_of_a_rebuild_end_the_run(is_served: bool, error: type[Exception]) -> None:
+    recorder = Recorder()
+    recorder.is_served, recorder.sync_errors = is_served, [error("no more memory")]
+    with pytest.raises(error, match="no more memory"):
+        recorder.rebuilds.sample(failing(1, recorder), lambda: None)
+
+
+def test_a_server_that_is_lost_in_a_sync_is_replaced_while_background_sampling_is_paused() -> None:
+    recorder = Recorder()
+    recorder.is_served = True
+    recorder.calls.clear()
+
+    @contextmanager
+    def pausing() -> Iterator[None]:
+        recorder.calls.append("pause")
+        yield
+        recorder.calls.append("continue")
+
+    def push(version: int, *, verify: bool) -> str:
+        recorder.calls.append("push")
+        if recorder.number == 1:
+            raise RuntimeError("bucket 0 did not arrive")
+        return f"version {version}, verify {verify}"
+
+    job = SimpleNamespace(
+        config=config_of(engine={"placement": "server", "urls": ["h:1"]}),
+        background=SimpleNamespace(syncing=pausing),
+        phases=SimpleNamespace(syncing=nullcontext),
+        timers=recorder.timers,
+        sync=SimpleNamespace(push=push, count=1),
+        engines=recorder.rebuilds,
+    )
+    state = SimpleNamespace(policy_version=7)
+    assert sync_weights(cast("Any", job), cast("Any", state)) == "version 7, verify True"
+    assert recorder.calls == ["pause", "push", "offload", "close", "engine 2", "sync", "push", "continue"]

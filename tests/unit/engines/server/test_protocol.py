@@ -34,6 +34,12 @@ def test_other_texts_are_not_addresses(url: str) -> None:
     assert str(caught.value).startswith(f"engine.urls[1]={url} is not an address; write host:port")
 
 
+@pytest.mark.parametrize("host", ["node..3", "n" * 64])
+def test_a_host_that_cannot_be_a_name_is_rejected_before_it_is_looked_up(host: str) -> None:
+    with pytest.raises(UserError, match=r"engine\.spare_urls\[0\]=.* has no valid host name"):
+        Address.parse(f"{host}:7000", "engine.spare_urls[0]")
+
+
 def test_the_secret_is_read_from_a_variable_or_a_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("0123456789abcdef\n")
     assert read_token({}) == b""
