@@ -112,9 +112,10 @@ def test_a_spare_server_continues_the_rollouts_of_a_server_that_was_killed(
             act_in_phase(job, phase, 2, lambda _: own.process.kill())
             assert job.wait(400) == 0, (tmp_path / "log.err").read_text()[-3000:]
     shown = (tmp_path / "log.err").read_text()
-    assert f"engine.spare_urls[0]={server.url} takes the place of the engine server engine.urls[0]={own.url}" in shown
+    assert f"engine.spare_urls[0]={server.url} takes the place of engine.urls[0]={own.url}" in shown
     assert "the engines are rebuilt (1 of 2)" in shown
-    assert ("the weight sync failed: " in shown) == (phase == "sync")
+    if phase == "sync":
+        assert "the weight sync failed: " in shown
     use = read_prompt_use(run)
     assert len(use.trained) == STEPS * PER_STEP
     assert use.problems() == []

@@ -119,7 +119,7 @@ def test_a_spare_server_takes_the_place_of_a_lost_one_and_the_run_equals_the_und
         act_in_phase(job, phase, 3, lambda _: own.process.send_signal(number))
         assert job.wait(400) == 0, (tmp_path / "log.err").read_text()[-3000:]
     shown = (run / "logs" / "rank_00000.log").read_text()
-    assert f"engine.spare_urls[0]={spare.url} takes the place of the engine server engine.urls[0]={own.url}" in shown
+    assert f"engine.spare_urls[0]={spare.url} takes the place of engine.urls[0]={own.url}" in shown
     assert "the engines are rebuilt (1 of 2)" in shown
     assert_equal(run, undisturbed_server)
 
