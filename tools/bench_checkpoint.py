@@ -11,8 +11,8 @@ rounds counts, and the files are in the page cache:
 - stop: the time for which an asynchronous save of the same state stops the loop: digests of the live tensors, copy to
   host memory, and, once the files are written, comparison, manifest and rename. `copy` is a part; `background` is the
   time of the thread that writes and reads back;
-- load: verification of the files, reading into the policy, comparison of the live weights with the manifest. `verify`
-  and `read` are its parts; `verify` holds both comparisons.
+- load: verification of the files (`verify_files`), reading into the policy (`read`), comparison of the live weights with
+  the manifest (`verify_live`). `verify` is the sum of both comparisons.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Microbatch
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 768, 2048, 8, 12, 4, 64, 32000
-BARS = {"save_against_cp": 0.5, "load_against_cp": 0.5, "verify_fraction_of_read": 0.3, "stop_fraction_of_save": 0.1}
+BARS = {
+    "save_against_cp": 0.5,
+    "load_against_cp": 0.5,
+    "verify_files_fraction_of_read": 0.3,
+    "verify_fraction_of_read": 0.3,
+    "stop_fraction_of_save": 0.1,
+}
 
 
 def make_model(folder: Path) -> None:
@@ -193,6 +199,7 @@ def run(work: Path, rounds: int, ranks: Ranks, config: Config) -> dict[str, Any]
     ratios = {
         "save_against_cp": seconds["cp"] / seconds["save"],
         "load_against_cp": seconds["cp"] / seconds["load"],
+        "verify_files_fraction_of_read": seconds["verify_files"] / seconds["read"],
         "verify_fraction_of_read": seconds["verify"] / seconds["read"],
         "stop_fraction_of_save": seconds["stop"] / seconds["save"],
     }
