@@ -11,8 +11,8 @@ rounds counts, and the files are in the page cache:
 - stop: the time for which an asynchronous save of the same state stops the loop: digests of the live tensors, copy to
   host memory, and, once the files are written, comparison, manifest and rename. `copy` is a part; `background` is the
   time of the thread that writes and reads back;
-- load: verification of the files (`verify_files`), reading into the policy (`read`), comparison of the live weights with
-  the manifest (`verify_live`). `verify` is the sum of both comparisons.
+- load: verification of the files (`verify_files`), reading into the policy (`read`), comparison of the live weights
+  with the manifest (`verify_live`). `verify` is the sum of both comparisons.
 """
 
 from __future__ import annotations
