@@ -149,9 +149,11 @@ class _Search:
         """
         if self._waited() >= self._patience:
             return True
-        if self._spares:
-            return self._own_errors > 1 and all(each.error is not None for each in self._last.values())
-        return self._own_errors > 1 or (self._last[self._own].is_busy and self._waited() > _RELEASE_SECONDS)
+        found = self._last.values()
+        if len(found) <= len(self._spares) or not all(each.is_busy or each.error is not None for each in found):
+            return False
+        least = _RELEASE_SECONDS if any(each.is_busy for each in found) else 0.0
+        return self._waited() > least and self._own_errors != 1
 
     @property
     def reason(self) -> str:

@@ -119,3 +119,7 @@ def test_a_server_of_another_job_is_waited_for_only_as_long_as_it_may_take_to_no
     with pytest.raises(UserError, match="it serves another job"):
         servers.claim(48.0)
     assert 5 <= servers.now <= 6
+    both = Servers(monkeypatch, {OWN: lambda _: BUSY, FIRST: lambda _: BUSY})
+    with pytest.raises(UserError, match=r"it serves another job .*first:1: it serves another job"):
+        both.claim(48.0)
+    assert 10 <= both.now <= 11
