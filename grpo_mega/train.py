@@ -29,6 +29,7 @@ from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.parallel.device_queues import set_device_queues
 from grpo_mega.parallel.devices import num_driver_gpus, num_visible_gpus
 from grpo_mega.parallel.error_report import report_error
+from grpo_mega.parallel.garbage_collection import collect_rarely
 from grpo_mega.parallel.heartbeat import write_stacks_on_signal
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped, StopRequests
 from grpo_mega.parallel.topology import Topology
@@ -69,6 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stops = None if arguments.for_launcher else StopRequests()
     write_stacks_on_signal()
+    collect_rarely()
     try:
         config = with_hub_inputs(load_config(arguments.config, arguments.overrides))
         if stops is None:

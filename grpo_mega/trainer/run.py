@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from contextlib import AbstractContextManager, ExitStack
@@ -26,6 +25,7 @@ from grpo_mega.observe.log import configure_logging
 from grpo_mega.observe.run_folder import CheckpointsToVerify, RunFolder, RunState, checkpoints_to_verify, open_run
 from grpo_mega.observe.run_lock import run_lock
 from grpo_mega.observe.summary import render
+from grpo_mega.parallel.garbage_collection import end_start
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
 from grpo_mega.parallel.stop_signal import Stopped, StopRequests
 from grpo_mega.parallel.topology import Topology
@@ -81,8 +81,7 @@ def run_job(
             configure_logging(rank, coordinates, run.folder.logs)
             _log_start(run, config.train.steps)
             with _building(config, ranks, run, folder, data, held_out, stops) as built:
-                gc.collect()
-                gc.freeze()  # imports and the job live until the end: later collections need not examine them
+                end_start()
                 try:
                     built.run()
                 except Stopped:
