@@ -128,7 +128,7 @@ class PeerGroup:
 
 
 def report_failure(store: Store, reason: str) -> None:
-    """See `PeerGroup.report_failure`; also while the group is being formed."""
+    """Have all ranks that wait for keys of this store raise PeerFailedError with `reason`."""
     with suppress(RuntimeError):
         store.set(_FAILURE_KEY, reason)
 

@@ -287,6 +287,7 @@ class EngineRebuilds:
             try:
                 with self._timers.phase("start"), self._waiting_for_servers():
                     self._phases.rebuild_engine(self._engine.rebuild)
+                with self._timers.phase("start"), self._waiting_for_servers():
                     reason = self._connect()
             except UserError as error:  # the config was valid before: a server is gone, or memory is missing
                 raise RuntimeError(f"{reason}; the engines cannot be rebuilt: {error}") from error
@@ -308,5 +309,5 @@ class EngineRebuilds:
         return f"the engines could not be connected: {failure}" if failure else ""
 
     def _waiting_for_servers(self) -> AbstractContextManager[None]:
-        """Give the launcher the limit of a wait for servers, which is longer than that of an earlier start."""
+        """Show the launcher that the ranks wait for servers, for at most `guard.timeout_seconds`."""
         return self._timers.waiting_for(lambda: "an engine server") if self._engine.is_served else nullcontext()

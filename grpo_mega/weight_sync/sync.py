@@ -119,21 +119,32 @@ class WeightSync:
         self._source_group, self._replica_group, self._settings = source_group, replica_group, settings
         self._world = world if world is not None else job_peer_group()
         self._announce = announce
-        self._where = self._world.gather(where)
-        self._barrier = StragglerBarrier("weight_sync", self._where, settings.timeout_seconds, self._world)
         self.count = 0
         """Number of pushes that succeeded."""
         self._last: tuple[int, bool] | None = None  # version of the last push, and whether it was verified
         self._digests: dict[str, int] | None = None  # of the last push, if it was verified
         self._has_servers = world is not None
-        support = self._barrier.gather((sink.supports_slices, sink.streaming_reason), "comparing engines")
+        self._layouts: SyncLayouts | None = None
+        try:
+            self._meet(replicas, where)
+        except WeightMismatchError:  # on every rank
+            raise
+        except RuntimeError as error:
+            if world is not None:
+                world.report_failure(f"{where}: {error}")  # the others wait for this rank
+            raise
+
+    def _meet(self, replicas: Sequence[Sequence[int]], where: str) -> None:
+        """Collective: exchange what the ranks are and hold, and make the plan."""
+        self._where = self._world.gather(where)
+        self._barrier = StragglerBarrier("weight_sync", self._where, self._settings.timeout_seconds, self._world)
+        support = self._barrier.gather((self._sink.supports_slices, self._sink.streaming_reason), "comparing engines")
         reasons = [reason for supports_slices, reason in support if not supports_slices]
         if reasons:
             log.warning("engines receive whole tensors, and their weights are not verified: %s", reasons[0])
-        self._layouts: SyncLayouts | None = None
         if not reasons:
             self._prepare(replicas)
-        elif world is not None:
+        elif self._has_servers:
             raise RuntimeError(f"engine servers must support slices of tensors: {reasons[0]}")
 
     def _prepare(self, replicas: Sequence[Sequence[int]]) -> None:

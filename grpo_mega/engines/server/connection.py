@@ -149,7 +149,9 @@ class ServerConnection:
 def open_connection(
     address: Address, token: bytes, seconds: float = HANDSHAKE_SECONDS
 ) -> tuple[ServerConnection, ServerStatus]:
-    """Connect to the server at `address` and exchange greetings; `seconds` limits the wait for each message.
+    """Connect to the server at `address` and exchange greetings, in at most `seconds` after its name is resolved.
+
+    If the name has several addresses, each gets an equal part of the time that is left.
 
     Raises:
         WrongPeerError: the program there has another secret or another protocol version, or is no engine server.
@@ -157,10 +159,13 @@ def open_connection(
         OSError: the host's name cannot be resolved.
     """
     fault = ConnectionFailedError("has no address")
-    for _, _, _, _, resolved in socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    end = time.monotonic() + seconds
+    for number, (_, _, _, _, resolved) in enumerate(found):
+        left = (end - time.monotonic()) / (len(found) - number)
         connection = ServerConnection(str(resolved[0]), address.port, token)
         try:
-            return connection, _exchange_greetings(connection, seconds)
+            return connection, _exchange_greetings(connection, left)
         except ConnectionFailedError as error:
             connection.close()
             fault = error
@@ -170,14 +175,15 @@ def open_connection(
 
 
 def _exchange_greetings(connection: ServerConnection, seconds: float) -> ServerStatus:
+    end = time.monotonic() + seconds
     with suppress(ConnectionFailedError):  # `receive` reports it
         connection.send(Hello(PROTOCOL))
-    hello = connection.receive(seconds)
+    hello = connection.receive(max(0.0, seconds))
     if not isinstance(hello, Hello):
         raise WrongPeerError("did not send its protocol version first")
     if hello.protocol != PROTOCOL:
         raise WrongPeerError(f"has protocol version {hello.protocol}, and this side has version {PROTOCOL}")
-    status = connection.receive(seconds)
+    status = connection.receive(max(0.0, end - time.monotonic()))
     if not isinstance(status, ServerStatus):
         raise WrongPeerError("did not send its settings")
     return status

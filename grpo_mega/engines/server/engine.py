@@ -16,11 +16,12 @@ from typing import Literal, cast
 
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store  # torch.distributed has this name, and its type hints do not
 
 from grpo_mega.engines.output_checks import OutputLimits
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
-from grpo_mega.engines.server.claim import Claimed, log_useless_spares
+from grpo_mega.engines.server.claim import Claimed, log_unavailable_spares
 from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.messages import (
     MeetCommand,
@@ -85,6 +86,7 @@ class ServerEngine:
         self._timeout = timeout_seconds
         self._ranks = ReplicaBroadcast(world_size // len(urls), timeout_seconds)
         self._client: ServerClient | None = None
+        self._store: Store | None = None  # rank 0 keeps it open: ranks and servers read failures from it
         self._index = rank // (world_size // len(urls))
         claimed = self._connect([own[self._index], *spare], facts) if self._ranks.is_first else None
         found: list[Claimed | str | None] = [None] * world_size
@@ -100,7 +102,7 @@ class ServerEngine:
                 if now.reason:
                     log.warning("%s takes the place of %s: %s", now.server.name, before.name, now.reason)
             free = [each for each in spare if each not in self._servers]
-            self._spare_check = log_useless_spares(free, facts, read_token())
+            self._spare_check = log_unavailable_spares(free, facts, read_token())
         self._sink = ServedSink()
         self._asleep: set[str] = set()
         self.steps = 0
@@ -244,6 +246,7 @@ class ServerEngine:
         port, addresses = shared[0]
         if store is None:
             store = find_store(master, port, self._timeout)
+        self._store = store
         try:
             if self._client is not None:
                 self._client.start(

@@ -29,6 +29,7 @@ _START_SECONDS = 600.0  # for imports and spawned processes, on a machine that s
 _END_SECONDS = 20.0
 _CHECK_SECONDS = 1.0  # between two looks for a stopped process while a command runs
 _STOPPED_SECONDS = 30.0  # less than the launcher waits before it ends a job with a stopped process
+_TITLE_SECONDS = 60.0  # after the start, within which SGLang's processes set their titles
 _LAST_LINES = 30  # lines of the log in an error
 
 
@@ -71,7 +72,8 @@ class SglangProcess:
         self._connection = Connection(ours.detach())
         self._answer_pending = True  # at first the answer to the start
         self._stopped_since: float | None = None
-        self._children: list[psutil.Process] = []  # schedulers and detokenizer, once the engine has started
+        self._has_started, self._start_time = False, math.inf
+        self._children: dict[int, psutil.Process] = {}  # schedulers and detokenizer, by process id
         # half of the timeout: the process reports schedulers that do not become idle before this client gives up
         self._send(HostSettings(arguments, self._folder, tp, idle_seconds=timeout_seconds / 2))
 
@@ -87,8 +89,8 @@ class SglangProcess:
         """
         for _ in self._parts("start", _START_SECONDS, beat_seconds):
             yield None
-        with suppress(psutil.NoSuchProcess):
-            self._children = [each for each in psutil.Process(self.pid).children() if _is_named(each)]
+        self._has_started, self._start_time = True, time.monotonic()
+        self._find_children()
 
     def call(self, command: str, *arguments: Any) -> Any:
         """Run one command in the process and return its answer.
@@ -136,7 +138,7 @@ class SglangProcess:
         """End the process and its children. A second call does nothing."""
         if self._connection.closed:
             return
-        self._children = []  # from now on they are expected to exit
+        self._has_started = False  # from now on its processes are expected to exit
         with suppress(RuntimeError):
             self._timeout = min(self._timeout, _END_SECONDS)
             self.call("end")
@@ -227,17 +229,30 @@ class SglangProcess:
         SGLang notices it too, but the signal by which it ends itself is lost while its event loop does not run, which
         is the case between two commands.
         """
-        for child in self._children:
+        if not self._has_started:
+            return None
+        if time.monotonic() - self._start_time < _TITLE_SECONDS:
+            self._find_children()
+        for child in self._children.values():
             with suppress(psutil.NoSuchProcess):
                 if child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
                     continue
             return int(child.pid)
         return None
 
+    def _find_children(self) -> None:
+        """Add processes that last as long as the engine: SGLang gives them titles."""
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.pid).children():
+                if child.pid not in self._children and _has_title(child):
+                    self._children[child.pid] = child
+
     def _stopped(self) -> int | None:
         """Return the first process of SGLang that is stopped."""
         with suppress(psutil.NoSuchProcess):
-            for each in (psutil.Process(self.pid), *self._children):
+            process = psutil.Process(self.pid)
+            of_engine = [*self._children.values()] if self._children else process.children(recursive=True)
+            for each in (process, *of_engine):
                 with suppress(psutil.NoSuchProcess):
                     if each.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
                         return int(each.pid)
@@ -260,8 +275,7 @@ class SglangProcess:
         return "\n".join([f"; the end of {self._log}:", *lines]) if lines else ""
 
 
-def _is_named(process: psutil.Process) -> bool:
-    """Return True for a process that lasts as long as the engine: SGLang gives it a title."""
+def _has_title(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return any("sglang::" in part for part in process.cmdline())
     return False

@@ -103,6 +103,11 @@ def test_a_server_with_other_settings_is_an_error_at_the_second_attempt_or_repla
     assert alone.now < 2
     killed = Servers(monkeypatch, {OWN: lambda now: OTHER if now == 0 else CONNECTION if now > 5 else LOST})
     assert killed.claim(48.0) == claim.Claimed(OWN, "")
+    with_spare = Servers(
+        monkeypatch,
+        {OWN: lambda now: OTHER if now == 0 else CONNECTION if now > 5 else LOST, FIRST: lambda _: CONNECTION},
+    )
+    assert with_spare.claim(48.0) == claim.Claimed(OWN, "")
     replaced = Servers(monkeypatch, {OWN: lambda _: OTHER, FIRST: lambda _: CONNECTION})
     assert replaced.claim(48.0) == claim.Claimed(FIRST, "has another secret")
     assert replaced.now < 2
