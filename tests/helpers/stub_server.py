@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.engines.server.claim import inspect_server
 from grpo_mega.engines.server.messages import ServingFacts
+from grpo_mega.engines.server.protocol import named_servers
 from grpo_mega.observe.engine_gauges import EngineGauges
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice
 from tests.helpers.memory_ends import MemorySink, values
@@ -145,6 +147,8 @@ def stub_server(folder: Path, tp: int = 1) -> Iterator[StubServer]:
         server.processes.append(context.Process(target=_serve, args=(folder, tp, rank), daemon=True))
         server.processes[-1].start()
     try:
+        (named,) = named_servers("server", [server.url])
+        inspect_server(named, TOKEN)  # tests have short limits for a server that has started
         yield server
     finally:
         server.kill()

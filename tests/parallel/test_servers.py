@@ -40,7 +40,7 @@ BUCKET_BYTES = 128 * 1024
 MODEL_BYTES = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in TENSORS.values())
 Answers = list[tuple[list[int], str, int]]
 PROMPTS = [Prompt(7, "", (1, 2, 3), ""), Prompt(8, "", (4,), "")]
-NOBODY = "127.0.0.1:9"
+NO_SERVER = "127.0.0.1:9"
 LIMIT = 3.0  # seconds; the timeout of tests in which a server does not answer
 
 
@@ -178,7 +178,7 @@ def test_another_secret_is_rejected(rank_pool: RankPool, servers: list[StubServe
 
 
 def test_a_server_that_does_not_start_is_named_after_the_timeout(rank_pool: RankPool) -> None:
-    messages = rank_pool.call(2, error_of_open, [NOBODY], 2.0, TOKEN, {})
+    messages = rank_pool.call(2, error_of_open, [NO_SERVER], 2.0, TOKEN, {})
     assert messages[0] == messages[1]
     assert messages[0].startswith("engine.urls[0]=127.0.0.1:9: no engine server was available to this job within ")
     assert "does not answer" in messages[0]
@@ -207,14 +207,14 @@ def test_a_spare_server_takes_the_place_of_one_that_does_not_answer(
     rank_pool: RankPool, servers: list[StubServer]
 ) -> None:
     first, second = (server.url for server in servers)
-    found = rank_pool.call(2, sample_with_spares, [first, NOBODY], [second], 8.0)
+    found = rank_pool.call(2, sample_with_spares, [first, NO_SERVER], [second], 8.0)
     own, spare = f"engine.urls[0]={first}", f"engine.spare_urls[0]={second}"
     assert [names for _, names, _ in found] == [{"own": name, "all": [own, spare]} for name in (own, spare)]
     for rank, (answers, _, _) in enumerate(found):
         assert {text.startswith("0 of ") for _, text, _ in answers} == {True}
         assert [ids for ids, _, _ in answers] == [[*p.token_ids, rank] for p in PROMPTS for _ in range(2)]
     (warning,), nothing = (logged for _, _, logged in found)
-    assert warning.startswith(f"{spare} takes the place of engine.urls[1]={NOBODY}: it does not answer (")
+    assert warning.startswith(f"{spare} takes the place of engine.urls[1]={NO_SERVER}: it does not answer (")
     assert nothing == []
 
 
@@ -222,17 +222,17 @@ def test_a_spare_server_is_not_used_but_named_if_it_could_not_help(
     rank_pool: RankPool, servers: list[StubServer]
 ) -> None:
     own = servers[0].url
-    ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [own], [NOBODY, servers[1].url], 20.0)
+    ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [own], [NO_SERVER, servers[1].url], 20.0)
     assert names["own"] == f"engine.urls[0]={own}"
     (warning,) = logged
-    assert warning.startswith(f"no spare server: engine.spare_urls[0]={NOBODY} does not answer")
+    assert warning.startswith(f"no spare server: engine.spare_urls[0]={NO_SERVER} does not answer")
 
 
 def test_more_lost_servers_than_spares_are_an_error_with_every_reason(
     rank_pool: RankPool, servers: list[StubServer]
 ) -> None:
     """One of the two groups gets the only spare server."""
-    arguments = ([NOBODY, "127.0.0.1:10"], 4.0, TOKEN, {}, [servers[0].url])
+    arguments = ([NO_SERVER, "127.0.0.1:10"], 4.0, TOKEN, {}, [servers[0].url])
     messages = rank_pool.call(2, error_of_open, *arguments)
     assert messages[0] == messages[1]
     assert re.fullmatch(
@@ -246,13 +246,13 @@ def test_a_spare_server_with_other_settings_is_named_and_another_one_is_taken(
     rank_pool: RankPool, servers: list[StubServer], tmp_path: Path
 ) -> None:
     with stub_server(tmp_path / "wide", tp=2) as wide:
-        (message,) = rank_pool.call(1, error_of_open, [NOBODY], 2.0, TOKEN, {}, [wide.url])
+        (message,) = rank_pool.call(1, error_of_open, [NO_SERVER], 2.0, TOKEN, {}, [wide.url])
         assert (
             f"; engine.spare_urls[0]={wide.url}: that engine server has engine.tp=2, here 1; start launch/serve.sh"
             in message
         )
         spares = [wide.url, servers[1].url]
-        ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [NOBODY], spares, 8.0)
+        ((_, names, logged),) = rank_pool.call(1, sample_with_spares, [NO_SERVER], spares, 8.0)
     assert names["own"] == f"engine.spare_urls[1]={servers[1].url}"
     assert logged[1:] == [
         f"no spare server: engine.spare_urls[0]={wide.url} has engine.tp=2, here 1; start it with this job's config"

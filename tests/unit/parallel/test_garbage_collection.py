@@ -17,9 +17,9 @@ class Cycle:
 
 @pytest.fixture(autouse=True)
 def usual() -> Iterator[None]:
-    before = gc.get_threshold()
+    gc.set_threshold(*garbage_collection._USUAL)  # another test may have begun a start in this process
     yield
-    gc.set_threshold(*before)
+    gc.set_threshold(*garbage_collection._USUAL)
     gc.unfreeze()
 
 

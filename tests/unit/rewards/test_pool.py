@@ -21,7 +21,7 @@ from grpo_mega.types import Reward, UserError
 from grpo_mega.workers import json_worker
 
 USER_REWARDS = '''
-import json, os, signal, sys, time
+import glob, json, os, signal, sys, time
 from grpo_mega.rewards import reward
 
 @reward(low=-0.5, high=1.0)
@@ -30,8 +30,9 @@ def obey(prompt, completion, reference):
     what, _, argument = completion.partition(" ")
     if what == "sleep": time.sleep(float(argument))
     if what == "mark":
-        open(f"{argument}.{os.getpid()}", "x").close()
-        time.sleep(1)
+        path, _, ended = argument.partition(" ")
+        open(f"{path}.{os.getpid()}", "x").close()
+        if len(glob.glob(f"{path}.*")) <= int(ended): time.sleep(600)
     if what == "await":
         while not os.path.exists(argument): time.sleep(0.01)
         open(f"{argument}.{reference}", "x").close()
@@ -316,10 +317,11 @@ def test_a_worker_that_is_killed_while_idle_is_replaced_without_a_failure() -> N
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP])
 def test_a_scoring_whose_worker_another_program_ends_is_made_again_once(tmp_path: Path, number: signal.Signals) -> None:
-    with RewardPool([OBEY], workers=1, timeout_seconds=2.0) as pool:
+    # a stopped worker is found by the limit; a worker that is ended must not reach it before the signal
+    with RewardPool([OBEY], workers=1, timeout_seconds=5.0 if number == signal.SIGSTOP else 60.0) as pool:
         for times in (1, 2):
             mark = tmp_path / f"in_scoring_{times}"
-            for key, text in enumerate([f"mark {mark}", "fine"]):
+            for key, text in enumerate([f"mark {mark} {times}", "fine"]):
                 pool.submit(key, "", text, "")
             for disturbed in range(times):
                 assert wait_until(lambda n=disturbed, m=mark: len(list(tmp_path.glob(f"{m.name}.*"))) > n)  # type: ignore[misc]

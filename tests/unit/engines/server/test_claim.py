@@ -16,7 +16,7 @@ OWN, FIRST, SECOND = named_servers("engine.urls", ["own:1"]) + named_servers(
     "engine.spare_urls", ["first:1", "second:1"]
 )
 CONNECTION = cast("ServerConnection", object.__new__(ServerConnection))
-LOST = claim._Unavailable("it does not answer (refused)")
+LOST = claim._Unavailable("it does not answer (rejected)")
 ENDING = claim._Unavailable("it serves another job (x)", is_ending=True)
 BUSY = claim._Unavailable("it serves another job (x)", is_busy=True)
 OTHER = claim._Unavailable("has another secret", error=UserError("has another secret", remedy="use the same"))
@@ -53,7 +53,7 @@ def test_a_lost_server_is_replaced_after_ten_seconds_by_the_first_spare_that_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     servers = Servers(monkeypatch, {OWN: lambda _: LOST, FIRST: lambda _: BUSY, SECOND: lambda _: CONNECTION})
-    assert servers.claim(48.0) == claim.Claimed(SECOND, "it does not answer (refused)")
+    assert servers.claim(48.0) == claim.Claimed(SECOND, "it does not answer (rejected)")
     assert servers.first(FIRST) == servers.first(SECOND) == 10.0
 
 
